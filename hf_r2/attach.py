@@ -1,0 +1,158 @@
+"""Attaching weight encoders and input quantizers to the layers of a model, and taking them off."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_r2.dressed import EncodedWeight, dress, is_prepared, undress
+from hf_r2.encoders import ENCODERS, Affine, Encoded
+from hf_r2.encoders.activations import InputQuantizer
+from hf_r2.layers import WeightLayer, is_table, weight_layers
+from hf_r2.spec import LayerSpec
+
+logger = logging.getLogger(__name__)
+SpecFor = Callable[[str], LayerSpec | None]
+
+
+def attach_(model: nn.Module, spec_for: SpecFor) -> list[str]:
+    """Gives every layer that `spec_for` (by name) has a spec for a weight encoder and, if asked, an input quantizer.
+
+    Layers that share a weight share one encoder. Returns the names of the layers, tied ones included.
+
+    Raises ValueError for a model that is prepared already, for one without any layer to quantize, for tied layers with
+    different specs, and for NaN or infinity in a weight (the layer is named).
+    """
+    layers = weight_layers(model, tied=True)
+    if any(is_prepared(layer.module) for layer in layers):
+        raise ValueError("the model is prepared already: convert it, or start again from the float model")
+    chosen = [(layer, spec_for(layer.name)) for layer in layers]
+    chosen = [(layer, spec) for layer, spec in chosen if spec is not None]
+    if not chosen:
+        raise ValueError(f"nothing to quantize: the model has {len(layers)} float weight layers, and none is selected")
+    groups: dict[int, tuple[WeightLayer, LayerSpec, nn.Module]] = {}
+    for layer, spec in chosen:
+        first = groups.get(id(layer.weight))
+        if first is not None and first[1] != spec:
+            raise ValueError(f"{first[0].name!r} and {layer.name!r} share one weight but have different settings")
+        if first is None:
+            _check_finite(layer)
+            build = ENCODERS[spec.method].build if spec.method in ENCODERS else Affine
+            groups[id(layer.weight)] = (layer, spec, build(layer.weight, spec, layer.channel_axis))
+    with_all = {id(layer.weight) for layer in layers if spec_for(layer.name) is None} & set(groups)
+    if with_all:
+        names = [layer.name for layer in layers if id(layer.weight) in with_all]
+        raise ValueError(f"{', '.join(names)} share one weight: skip all of them, or none")
+    for layer, spec in chosen:
+        owner, _, encoder = groups[id(layer.weight)]
+        if owner is layer:
+            layer.module.add_module("weight_encoder", encoder)
+        # Tied layers see the owner's encoder without registering it again: its state is in the state dict once.
+        object.__setattr__(layer.module, "weight_encoder_of_group", encoder)
+        if spec.act_bits is not None and not is_table(layer.module):
+            layer.module.add_module("input_quantizer", InputQuantizer(spec.act_bits, spec.act_range))
+        encoder.train(layer.module.training)
+        encoder.to(layer.weight.device)
+        dress(layer.module, EncodedWeight)
+    return [layer.name for layer, _ in chosen]
+
+
+def _check_finite(layer: WeightLayer) -> None:
+    weight = layer.weight.detach()
+    if not weight.is_meta and not torch.isfinite(weight).all():
+        raise ValueError(f"the weight of layer {layer.name!r} holds NaN or infinity; it cannot be quantized")
+
+
+def prepared_layers(model: nn.Module) -> list[WeightLayer]:
+    """The prepared layers of `model`, tied ones included."""
+    return [layer for layer in weight_layers(model, tied=True) if is_prepared(layer.module)]
+
+
+def encoder_of(layer: WeightLayer) -> nn.Module:
+    """The weight encoder in front of a prepared layer."""
+    return layer.module.__dict__["weight_encoder_of_group"]
+
+
+@torch.no_grad()
+def encoded_weights(model: nn.Module) -> dict[str, Encoded]:
+    """{layer name: Encoded} of a prepared model; layers that share a weight share one `Encoded`."""
+    done: dict[int, Encoded] = {}
+    result: dict[str, Encoded] = {}
+    for layer in prepared_layers(model):
+        if id(layer.weight) not in done:
+            _check_finite(layer)
+            done[id(layer.weight)] = encoder_of(layer).encode(layer.weight)  # type: ignore[operator]
+        result[layer.name] = done[id(layer.weight)]
+    return result
+
+
+def detach_(module: nn.Module) -> None:
+    """Takes the encoder off a prepared layer, in place; its float weight stays."""
+    undress(module)
+    module._modules.pop("weight_encoder", None)
+    module.__dict__.pop("weight_encoder_of_group", None)
+
+
+def static_quantizers(model: nn.Module) -> dict[str, InputQuantizer]:
+    """Input quantizers that need calibration, by the name of their layer."""
+    found = {n.removesuffix(".input_quantizer"): m for n, m in model.named_modules() if isinstance(m, InputQuantizer)}
+    return {name: quantizer for name, quantizer in found.items() if not quantizer.dynamic}
+
+
+@torch.no_grad()
+def calibrate_(model: nn.Module, batches: Iterable[Mapping[str, Any]] | None) -> None:
+    """Sets the static input ranges of a prepared model to the lowest and highest input over `batches`, in eval mode.
+
+    Raises ValueError where ranges are needed and there are no batches, and for a batch that the model rejects or that
+    holds NaN (the batch is numbered, the layer named). A layer that no batch reached loses its input quantizer, with a
+    warning in the log.
+    """
+    quantizers = static_quantizers(model)
+    if not quantizers:
+        return
+    if batches is None:
+        raise ValueError(
+            "act_bits with static ranges needs batches to calibrate on; pass batches, or act_range='dynamic'"
+        )
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    for quantizer in quantizers.values():
+        quantizer.observing = True
+    try:
+        seen = _run(model, batches, quantizers)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for quantizer in quantizers.values():
+            quantizer.observing = False
+    if seen == 0:
+        raise ValueError("calibration needs at least one batch; batches was empty")
+    for name, quantizer in quantizers.items():
+        if not quantizer.finish():
+            logger.warning("layer %s was not reached by any calibration batch: its input stays in float", name)
+            del model.get_submodule(name)._modules["input_quantizer"]
+
+
+def _run(model: nn.Module, batches: Iterable[Mapping[str, Any]], quantizers: Mapping[str, InputQuantizer]) -> int:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    seen = 0
+    for seen, batch in enumerate(batches, start=1):
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"batch {seen - 1}: batches must be keyword dicts for forward, got {type(batch).__name__}"
+            )
+        inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        try:
+            model(**inputs)
+        except Exception as error:
+            raise ValueError(
+                f"batch {seen - 1} (keys {', '.join(inputs)}) was rejected by the model: {error}"
+            ) from error
+        for name, quantizer in quantizers.items():
+            if quantizer._low is not None and not torch.isfinite(quantizer._high - quantizer._low):  # type: ignore[operator]
+                raise ValueError(f"batch {seen - 1} brings NaN or infinity to the input of layer {name!r}")
+    return seen

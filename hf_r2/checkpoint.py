@@ -1,0 +1,182 @@
+"""Packed and prepared models in `save_pretrained` and `from_pretrained`: the transformers quantizer "hf_r2"."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from hf_r2.attach import attach_
+from hf_r2.encoders.activations import InputQuantizer
+from hf_r2.integrity import checksums, verify
+from hf_r2.layers import is_table
+from hf_r2.packed_layers import Layout, build_packed_, packed_layers, unpack_weights_
+from hf_r2.quant_config import R2QuantConfig
+from hf_r2.road import dequantize_, quantize_, relative_name
+from hf_r2.saving import save_beside
+from hf_r2.tied import retie, tied_pairs
+
+
+class R2HfQuantizer(HfQuantizer):
+    """Puts packed layers into the skeleton, so that a checkpoint's codes have a place to go; quantizes float ones."""
+
+    quantization_config: R2QuantConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses, before anything is loaded, to quantize while loading where batches are needed."""
+        reason = self.quantization_config.needs_batches
+        if not self.pre_quantized and reason:
+            raise ValueError(
+                f"from_pretrained cannot quantize here without batches: {reason}. Load the float model and call "
+                "hf_r2.quantize(model, config, batches)"
+            )
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        dtype: torch.dtype | None = None,
+        checkpoint_files: Iterable[str] | None = None,
+        **_: Any,
+    ) -> None:
+        if not self.pre_quantized or self.quantization_config.stage == "recipe":
+            return
+        shapes = verify(checkpoint_files or [])
+        if self.quantization_config.stage == "prepared":
+            attach_(model, _prepared_specs(model, self.quantization_config))
+            return
+        pairs = tied_pairs(model)
+        for name, layout in _layouts(model, self.quantization_config, shapes).items():
+            module = model.get_submodule(name)
+            build_packed_(module, layout, dtype or torch.get_default_dtype())
+            if layout.act_bits is not None and not is_table(module):
+                module.add_module("input_quantizer", InputQuantizer(layout.act_bits, layout.act_range))
+        _check_shapes(model, shapes)
+        retie(model, pairs)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        stage = self.quantization_config.stage
+        if stage == "packed" and self.pre_quantized:
+            _restore_dtypes(model)
+            finish_packed_(model, self.quantization_config)
+        elif stage == "prepared":  # trained further as a float model: hf_quantizer would keep Trainer from saving it
+            self.remove_quantization_config(model)
+            model.config.quantization_config = self.quantization_config
+        else:
+            finish_packed_(model, quantize_(model, self.quantization_config, None))
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
+        """The state dict to save, and the checksums that go into the header of each file."""
+        state_dict = model.state_dict()
+        return state_dict, checksums(state_dict)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        dequantize_(model, dtype)
+        model.__dict__.pop("save_pretrained", None)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Packed models can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """What is left in float (norms, biases, a fresh head) can be trained."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Trainer asks for this one too."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Packed layers are ordinary torch code."""
+        return True
+
+
+def _prepared_specs(model: nn.Module, config: R2QuantConfig):
+    names = set(config.layers)
+    return lambda name: config.spec_for(name) if relative_name(model, name) in names else None
+
+
+def _layouts(model: nn.Module, config: R2QuantConfig, shapes: Mapping[str, Any]) -> dict[str, Layout]:
+    """Layouts by the names of this model; layers of a head that it lacks are left out.
+
+    Raises ValueError for a layer that is neither in the model nor in the checkpoint, and for one whose codes are missing.
+    """
+    here = {relative_name(model, name): name for name, _ in model.named_modules()}
+    stored = {
+        relative_name(model, key.removesuffix(".weight_packed")) for key in shapes if key.endswith(".weight_packed")
+    }
+    layouts = {}
+    for name, fields in config.layers.items():
+        try:
+            layout = Layout(**fields)
+        except TypeError as error:
+            raise ValueError(
+                f"config.json describes layer {name!r} with fields this hf_r2 does not know: {error}"
+            ) from error
+        if name not in here:
+            if name in stored or not shapes:
+                continue
+            raise ValueError(f"config.json names layer {name!r}, which neither the model nor the checkpoint has")
+        layouts[here[name]] = layout
+    _check_stored(layouts, model, stored, bool(shapes))
+    return layouts
+
+
+def _check_stored(layouts: Mapping[str, Layout], model: nn.Module, stored: set[str], any_file: bool) -> None:
+    tied = {name.rpartition(".")[0] for ties in tied_pairs(model).values() for pair in ties.items() for name in pair}  # type: ignore[arg-type]
+    for name in layouts:
+        module = model.get_submodule(name)
+        if not isinstance(module._parameters.get("weight"), nn.Parameter):
+            raise ValueError(f"config.json names layer {name!r}, which has no weight in {type(model).__name__}")
+        in_tie = any(name == t or name.endswith(f".{t}") for t in tied)
+        if any_file and not in_tie and relative_name(model, name) not in stored:
+            raise ValueError(f"the checkpoint lacks the codes of layer {name!r}, which config.json says is packed")
+
+
+def _check_shapes(model: nn.Module, shapes: Mapping[str, list[int]]) -> None:
+    for name, module in packed_layers(model).items():
+        for key in ("weight_packed", "weight_scale", "weight_zero_point", "weight_centroids"):
+            tensor = getattr(module, key, None)
+            found = shapes.get(f"{name}.{key}")
+            if tensor is not None and found is not None and list(tensor.shape) != found:
+                raise ValueError(
+                    f"layer {name!r}: {key} has shape {found} in the checkpoint, and {list(tensor.shape)} is needed for "
+                    f"a weight of shape {list(module.__dict__['weight_shape'])}: checkpoint and config do not belong together"
+                )
+
+
+def _restore_dtypes(model: nn.Module) -> None:
+    """transformers 5.0 casts everything below a `_keep_in_fp32_modules` name to float32, codes too: cast back, exactly."""
+    for module in packed_layers(model).values():
+        for key in ("weight_packed", "weight_zero_point"):
+            tensor = getattr(module, key, None)
+            if tensor is not None and tensor.dtype != torch.uint8:
+                tensor.data = tensor.data.to(torch.uint8)
+
+
+def finish_packed_(model: nn.Module, config: R2QuantConfig) -> None:
+    """Decodes the weights and gives a transformers model its quantizer and its safe `save_pretrained`, in place."""
+    unpack_weights_(model)
+    if isinstance(model, PreTrainedModel):
+        quantizer = R2HfQuantizer(config, pre_quantized=True)
+        model.hf_quantizer = quantizer  # type: ignore[assignment]
+        model.is_quantized, model.quantization_method = True, config.quant_method  # type: ignore[assignment]
+        model.config.quantization_config = config
+        model.config._is_quantized = True
+        model.save_pretrained = types.MethodType(save_beside, model)  # type: ignore[method-assign]
+
+
+if (
+    "hf_r2" not in AUTO_QUANTIZER_MAPPING
+):  # a second registration (a reload of this module) is an error in transformers
+    register_quantization_config("hf_r2")(R2QuantConfig)
+    register_quantizer("hf_r2")(R2HfQuantizer)

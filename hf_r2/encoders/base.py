@@ -1,0 +1,61 @@
+"""`Encoded`: the one end state of every weight, whichever method made it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_r2.grid import dequantize
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A weight as stored: `codes` (uint8, in the weight's shape) and what decodes them.
+
+    Affine: `scale` and `zero_point`, float32, broadcastable to the weight; `symmetric` says that the zero point follows
+    from the width and is not stored. Palette: `centroids` [2**bits, 1], float32.
+    """
+
+    codes: Tensor
+    bits: int
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+    symmetric: bool = True
+    centroids: Tensor | None = None
+
+    def decode(self) -> Tensor:
+        """The weight, float32, in its shape: what the model computes with."""
+        if self.centroids is not None:
+            return self.centroids[:, 0][self.codes.int()]
+        if self.scale is None or self.zero_point is None:
+            raise ValueError("an encoded weight needs either centroids or a scale and a zero point")
+        return dequantize(self.codes, self.scale, self.zero_point)
+
+    def stored_bits(self) -> int:
+        """Bits that go into the file: codes, and scales, zero points and palettes with them."""
+        bits = self.codes.numel() * self.bits
+        if self.centroids is not None:
+            return bits + 32 * self.centroids.numel()
+        if self.scale is not None:
+            bits += 32 * self.scale.numel()
+            bits += 0 if self.symmetric else 8 * self.scale.numel()
+        return bits
+
+
+def straight_through(w: Tensor, value: Tensor) -> Tensor:
+    """`value` in the forward pass, the identity's gradient in the backward pass."""
+    return value.to(w.dtype) if not (torch.is_grad_enabled() and w.requires_grad) else _Identity.apply(w, value)
+
+
+class _Identity(torch.autograd.Function):
+    """Exactly `value`: w + (value - w) would differ from it in the last bit."""
+
+    @staticmethod
+    def forward(ctx, w: Tensor, value: Tensor) -> Tensor:
+        return value.to(w.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None

@@ -1,0 +1,198 @@
+"""Layers whose weight is stored packed: the state dict holds codes and what decodes them instead of `weight`.
+
+Keys: `weight_packed` (uint8 bytes, a frozen parameter, so that transformers can tie it), `weight_scale`,
+`weight_zero_point` (uint8) or `weight_centroids` (buffers: a float *parameter* would come back trainable from
+`from_pretrained`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_r2.dressed import QuantizedInput, dress, undress
+from hf_r2.encoders.base import Encoded
+from hf_r2.grid import Grid
+from hf_r2.packing import pack_bits, packed_bytes, unpack_bits
+
+STATE = ("weight_packed", "weight_scale", "weight_zero_point", "weight_centroids")
+_unpack_at_load: ContextVar[bool] = ContextVar("unpack_at_load", default=True)
+
+
+@contextmanager
+def packed_in_memory() -> Iterator[None]:
+    """Models that are converted or loaded inside keep their weights packed, and unpack them in every forward pass.
+
+    Saves memory, costs time: by default a packed model unpacks once, when it is loaded.
+    """
+    token = _unpack_at_load.set(False)
+    try:
+        yield
+    finally:
+        _unpack_at_load.reset(token)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is needed to build a packed layer before its tensors are there; goes into config.json for each layer."""
+
+    bits: int
+    kind: str  # "affine" or "palette"
+    channel_axis: int | None = None
+    symmetric: bool = True
+    act_bits: int | None = None
+    act_range: str = "static"
+
+    def __post_init__(self) -> None:
+        Grid(self.bits)
+        if self.kind not in ("affine", "palette"):
+            raise ValueError(f"kind must be 'affine' or 'palette', got {self.kind!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, and `bits` and `kind`."""
+        defaults = asdict(Layout(self.bits, self.kind))
+        return {k: v for k, v in asdict(self).items() if v != defaults[k] or k in ("bits", "kind")}
+
+    def scale_shape(self, shape: torch.Size) -> list[int]:
+        """Shape of the scale of a weight of this shape: broadcastable to it."""
+        return [n if d == self.channel_axis else 1 for d, n in enumerate(shape)]
+
+
+class PackedWeight(QuantizedInput):
+    """A packed layer: `weight` is decoded from the codes, once at load or in every forward pass."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weight, in the dtype of the model."""
+        decoded = self.__dict__["_buffers"].get("weight_decoded")
+        return decoded if decoded is not None else encoded(self).decode().to(self.__dict__["weight_dtype"])  # type: ignore[arg-type]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves between devices as ever; a cast changes the dtype computed with, never the stored scales."""
+        exact = {k: v for k, v in self.__dict__["_buffers"].items() if k in STATE and v is not None}
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        for key, before in exact.items():
+            after = self.__dict__["_buffers"][key]
+            if after.dtype != before.dtype:
+                self.__dict__["_buffers"][key] = before.to(after.device)
+        probe = torch.empty(0, dtype=self.__dict__["weight_dtype"], device=self.weight_packed.device)  # type: ignore[attr-defined]
+        self.__dict__["weight_dtype"] = fn(probe).dtype
+        return self
+
+
+def is_packed(module: nn.Module) -> bool:
+    """True for a packed layer."""
+    return isinstance(module, PackedWeight)
+
+
+def packed_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The packed layers of `model` by name, tied ones included."""
+    return {name: module for name, module in model.named_modules() if is_packed(module)}
+
+
+def layout_of(encoded: Encoded, channel_axis: int, module: nn.Module) -> Layout:
+    """The layout of a layer with this encoded weight."""
+    quantizer = module._modules.get("input_quantizer")
+    act_bits = quantizer.grid.bits if quantizer is not None else None  # type: ignore[union-attr]
+    act_range = "dynamic" if quantizer is not None and quantizer.dynamic else "static"
+    if encoded.centroids is not None:
+        return Layout(encoded.bits, "palette", act_bits=act_bits, act_range=act_range)  # type: ignore[arg-type]
+    assert encoded.scale is not None
+    axis = channel_axis if encoded.scale.numel() > 1 else None
+    return Layout(encoded.bits, "affine", axis, encoded.symmetric, act_bits, act_range)  # type: ignore[arg-type]
+
+
+def pack_layer_(module: nn.Module, encoded: Encoded, layout: Layout, packed: nn.Parameter | None = None) -> None:
+    """Replaces the float weight of a layer by its packed form, in place; tied layers pass the `packed` they share."""
+    dtype = module._parameters["weight"].dtype  # type: ignore[union-attr]
+    if packed is None:
+        packed = nn.Parameter(pack_bits(encoded.codes, encoded.bits), requires_grad=False)
+    zero_point = None if encoded.symmetric or encoded.zero_point is None else encoded.zero_point.to(torch.uint8)
+    tensors = (packed, encoded.scale, zero_point, encoded.centroids)
+    _install(module, layout, encoded.codes.shape, dtype, tensors)
+
+
+def build_packed_(module: nn.Module, layout: Layout, dtype: torch.dtype) -> None:
+    """Turns a float skeleton layer into an empty packed one, in place, so that a checkpoint's tensors have a place to go."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    shape, device = weight.shape, weight.device
+    count = packed_bytes(weight.numel(), layout.bits)
+    packed = nn.Parameter(torch.empty(count, dtype=torch.uint8, device=device), requires_grad=False)
+    scale = zero_point = centroids = None
+    if layout.kind == "palette":
+        centroids = torch.empty(2**layout.bits, 1, device=device)
+    else:
+        scale = torch.empty(layout.scale_shape(shape), dtype=torch.float32, device=device)
+        zero_point = None if layout.symmetric else torch.empty_like(scale, dtype=torch.uint8)
+    _install(module, layout, shape, dtype, (packed, scale, zero_point, centroids))
+
+
+def _install(
+    module: nn.Module,
+    layout: Layout,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    tensors: tuple[nn.Parameter, Tensor | None, Tensor | None, Tensor | None],
+) -> None:
+    del module._parameters["weight"]
+    packed, *buffers = tensors
+    module.register_parameter("weight_packed", packed)
+    for name, tensor in zip(STATE[1:], buffers, strict=True):
+        if tensor is not None:
+            module.register_buffer(name, tensor.detach().clone() if not tensor.is_meta else tensor)
+    module.register_buffer("weight_decoded", None, persistent=False)
+    module.__dict__.update(weight_layout=layout, weight_shape=torch.Size(shape), weight_dtype=dtype)
+    module._is_hf_initialized = True  # type: ignore[assignment]  # else transformers' _init_weights would fill `weight`
+    dress(module, PackedWeight)
+
+
+def encoded(module: nn.Module) -> Encoded:
+    """The `Encoded` of a packed layer, unpacked."""
+    layout: Layout = module.__dict__["weight_layout"]
+    shape: torch.Size = module.__dict__["weight_shape"]
+    packed: Tensor = module.weight_packed  # type: ignore[assignment]
+    codes = unpack_bits(packed.data, layout.bits, shape.numel()).view(shape)
+    if layout.kind == "palette":
+        return Encoded(codes, layout.bits, centroids=module.weight_centroids)  # type: ignore[arg-type]
+    scale: Tensor = module.weight_scale  # type: ignore[assignment]
+    grid = Grid(layout.bits, layout.symmetric)
+    zero_point = torch.full_like(scale, grid.symmetric_zero_point) if layout.symmetric else module.weight_zero_point
+    return Encoded(codes, layout.bits, scale, zero_point, layout.symmetric)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def unpack_weights_(model: nn.Module, unpack: bool | None = None) -> None:
+    """Decodes every packed weight into memory (`unpack`, the default outside `packed_in_memory`), or drops those copies.
+
+    Tied layers share the decoded tensor, as they share the packed one.
+    """
+    unpack = _unpack_at_load.get() if unpack is None else unpack
+    shared: dict[tuple[int, torch.dtype], Tensor] = {}
+    for module in packed_layers(model).values():
+        module._buffers["weight_decoded"] = None
+        if unpack:
+            dtype = module.__dict__["weight_dtype"]
+            key = (id(module.weight_packed), dtype)
+            if key not in shared:
+                shared[key] = encoded(module).decode().to(dtype)
+            module._buffers["weight_decoded"] = shared[key]
+
+
+@torch.no_grad()
+def dequantize_layer_(module: nn.Module, weight: nn.Parameter) -> None:
+    """Gives a packed layer a float parameter instead of its packed form, in place."""
+    undress(module)
+    module._modules.pop("input_quantizer", None)
+    for name in (*STATE, "weight_decoded"):
+        module._buffers.pop(name, None)
+        module._parameters.pop(name, None)
+    for name in ("weight_layout", "weight_shape", "weight_dtype"):
+        module.__dict__.pop(name, None)
+    module.register_parameter("weight", weight)

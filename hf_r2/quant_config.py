@@ -1,0 +1,131 @@
+"""`R2QuantConfig`: the recipe, and, once a model is packed, what is needed to load it again."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_r2.encoders import ENCODERS
+from hf_r2.layers import matches
+from hf_r2.ptq import PTQ_METHODS
+from hf_r2.spec import LayerSpec
+
+FORMAT_VERSION = 1
+STAGES = ("recipe", "prepared", "packed")
+OVERRIDABLE = ("weight_bits", "granularity", "symmetric", "act_bits", "act_range", "options")
+
+
+class R2QuantConfig(QuantizationConfigMixin):
+    """How to quantize a model; every default is that of the papers' protocol (all layers, first and last included).
+
+    Args:
+        method: one of `PTQ_METHODS` (after training) or `ENCODERS` (trained; "dkm" also clusters after training).
+        weight_bits: 1 to 8. 1-bit symmetric weights are plus and minus their mean magnitude.
+        granularity: "per_channel" (output channels; rows of an embedding) or "per_tensor"; palettes are per tensor.
+        symmetric: weights on a grid around zero; False: on a grid over their own range.
+        act_bits: 2 to 8, or None for float activations; the inputs of every quantized layer, per tensor, asymmetric.
+        act_range: "static" (calibrated on `batches`) or "dynamic" (the range of each batch as it comes).
+        options: keyword options of the method.
+        overrides: {glob of layer names: {setting: value}}; later globs win.
+        skip: globs of layer names that stay in float.
+
+    `layers`, `stage` and `version` are filled by the library and stored in config.json.
+
+    Raises ValueError for a value that is not allowed, TypeError for an unknown setting or option; both name the known ones.
+    """
+
+    def __init__(
+        self,
+        method: str = "nearest",
+        weight_bits: int = 4,
+        granularity: str = "per_channel",
+        symmetric: bool = True,
+        act_bits: int | None = None,
+        options: Mapping[str, Any] | None = None,
+        overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        skip: list[str] | tuple[str, ...] = (),
+        act_range: str = "static",
+        *,
+        layers: Mapping[str, Mapping[str, Any]] | None = None,
+        stage: str = "recipe",
+        version: int = FORMAT_VERSION,
+        quant_method: str = "hf_r2",
+        **unknown: Any,
+    ):
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"this checkpoint has hf_r2 format version {version}, and this hf_r2 reads up to {FORMAT_VERSION}: "
+                "pip install --upgrade hf_r2"
+            )
+        if unknown:
+            known = [p for p in inspect.signature(R2QuantConfig).parameters if p != "unknown"]
+            raise TypeError(f"unknown settings {', '.join(sorted(unknown))}; known ones are: {', '.join(known)}")
+        if isinstance(skip, str):
+            raise ValueError(f"skip must be a list of globs, got the string {skip!r}")
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.method, self.weight_bits, self.granularity, self.symmetric = method, weight_bits, granularity, symmetric
+        self.act_bits, self.act_range = act_bits, act_range
+        self.options = dict(options or {})
+        self.overrides = {glob: dict(settings) for glob, settings in (overrides or {}).items()}
+        self.skip = list(skip)
+        self.layers = {name: dict(layout) for name, layout in (layers or {}).items()}
+        self.stage, self.version = stage, version
+        self._check()
+
+    def _check(self) -> None:
+        if self.stage not in STAGES:
+            raise ValueError(f"stage must be one of {', '.join(STAGES)}; got {self.stage!r}")
+        if self.method not in PTQ_METHODS and self.method not in ENCODERS:
+            known = ", ".join([*PTQ_METHODS, *ENCODERS])
+            raise ValueError(f"no method called {self.method!r}; there are: {known}")
+        for glob, settings in self.overrides.items():
+            unknown = set(settings) - set(OVERRIDABLE)
+            if unknown:
+                raise TypeError(
+                    f"overrides[{glob!r}]: unknown settings {', '.join(sorted(unknown))}; "
+                    f"known ones are: {', '.join(OVERRIDABLE)}"
+                )
+        for spec in [self._spec(), *(self._spec(settings) for settings in self.overrides.values())]:
+            check_options(spec)
+
+    def _spec(self, settings: Mapping[str, Any] | None = None) -> LayerSpec:
+        own = {name: getattr(self, name) for name in OVERRIDABLE}
+        return LayerSpec(self.method, **{**own, **(settings or {})})
+
+    def spec_for(self, name: str) -> LayerSpec | None:
+        """What is to be done to the layer of this name; None leaves it in float."""
+        if matches(name, self.skip):
+            return None
+        merged: dict[str, Any] = {}
+        for glob, settings in self.overrides.items():
+            if matches(name, [glob]):
+                merged.update(settings)
+        return self._spec(merged)
+
+    @property
+    def needs_batches(self) -> str | None:
+        """Why batches are needed, in words, or None where they are not."""
+        if self.method in PTQ_METHODS and not PTQ_METHODS[self.method].data_free:
+            return f"method {self.method!r} reads the inputs of the layers"
+        specs = [self._spec(), *(self._spec(settings) for settings in self.overrides.values())]
+        if any(spec.act_bits is not None and spec.act_range == "static" for spec in specs):
+            return "act_bits with static ranges is calibrated on them (act_range='dynamic' is not)"
+        return None
+
+
+def check_options(spec: LayerSpec) -> None:
+    """Raises TypeError for an option that the method does not have, ValueError for a value that it refuses."""
+    in_encoder = spec.method in ENCODERS
+    function = ENCODERS[spec.method].options if in_encoder else PTQ_METHODS[spec.method].run
+    parameters = inspect.signature(function).parameters.values()
+    known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    unknown = sorted(set(spec.options) - set(known))
+    if unknown:
+        raise TypeError(
+            f"method {spec.method!r} has no option {', '.join(unknown)}; its options are: {', '.join(known) or 'none'}"
+        )
+    if in_encoder:
+        function(**spec.options)

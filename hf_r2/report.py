@@ -1,0 +1,83 @@
+"""What a packed model is: widths, sizes and the policy for first and last layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from hf_r2.layers import is_table, weight_layers
+from hf_r2.packed_layers import encoded, packed_layers
+
+
+def report(model: nn.Module) -> dict[str, Any]:
+    """Sizes of a packed model, scales, zero points and palettes counted; weights shared by tied layers counted once.
+
+    Keys: `bits_per_weight` (effective, over all packed weights), `bits_per_weight_all` (weights left in float counted
+    with their own width), `size_bytes` (all tensors of the checkpoint), `float16_bytes`, `compression` (against float16),
+    `first_layer`, `last_layer` (name and bits, 16 or 32 if left in float), `policy`, `layers` (list of name, kind, shape,
+    bits, bits_per_weight).
+
+    Raises ValueError for a model that is not packed.
+    """
+    packed = packed_layers(model)
+    if not packed:
+        raise ValueError("report needs a packed model: call quantize(model, config) first")
+    rows, seen = [], set()
+    for name, module in packed.items():
+        if id(module.weight_packed) in seen:
+            continue
+        seen.add(id(module.weight_packed))
+        e = encoded(module)
+        count, bits = e.codes.numel(), e.stored_bits()
+        kind = "palette" if e.centroids is not None else "affine"
+        rows.append({"name": name, "kind": kind, "shape": list(e.codes.shape), "bits": e.bits, "numel": count})
+        rows[-1] |= {"stored_bits": bits, "bits_per_weight": bits / max(count, 1)}
+    kept = [
+        (layer.weight.numel(), layer.weight.numel() * layer.weight.element_size() * 8)
+        for layer in weight_layers(model)
+    ]
+    numel, stored = sum(r["numel"] for r in rows), sum(r["stored_bits"] for r in rows)
+    size = _unique_bytes(model)
+    plain = 2 * (numel + _float_elements(model))
+    first, last = _ends(model)
+    return {
+        "bits_per_weight": stored / max(numel, 1),
+        "bits_per_weight_all": (stored + sum(b for _, b in kept)) / max(numel + sum(n for n, _ in kept), 1),
+        "size_bytes": size,
+        "float16_bytes": plain,
+        "compression": plain / max(size, 1),
+        "first_layer": first,
+        "last_layer": last,
+        "policy": _policy(first, last, rows),
+        "layers": rows,
+    }
+
+
+def _unique_bytes(model: nn.Module) -> int:
+    tensors = {t.data_ptr() or id(t): t for t in model.state_dict().values()}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _float_elements(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.is_floating_point())
+
+
+def _ends(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The first and the last layer in the order of registration; tables come before them and are no input layers."""
+    packed = packed_layers(model)
+    kept = {layer.name: layer for layer in weight_layers(model, tied=True)}
+    names = [n for n, m in model.named_modules() if n in packed or n in kept]
+    names = [n for n in names if not is_table(model.get_submodule(n))] or names
+    ends = []
+    for name in (names[0], names[-1]):
+        bits = encoded(packed[name]).bits if name in packed else kept[name].weight.element_size() * 8
+        ends.append({"name": name, "bits": bits})
+    return ends[0], ends[1]
+
+
+def _policy(first: dict[str, Any], last: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    usual = max({r["bits"] for r in rows}, key=[r["bits"] for r in rows].count)
+    if first["bits"] == usual and last["bits"] == usual:
+        return f"first and last layers at {usual} bits, like the rest"
+    return f"first layer ({first['name']}) at {first['bits']} bits, last ({last['name']}) at {last['bits']}, the rest at {usual}"

@@ -1,0 +1,98 @@
+"""The road from a float model to a packed one, in place: attach, set, calibrate, pack; and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_r2.attach import attach_, calibrate_, detach_, encoded_weights, prepared_layers
+from hf_r2.layers import check_globs, weight_layers
+from hf_r2.packed_layers import Layout, dequantize_layer_, layout_of, pack_layer_, packed_layers
+from hf_r2.ptq import PTQ_METHODS
+from hf_r2.quant_config import R2QuantConfig
+from hf_r2.tied import retie, tied_pairs
+
+Batches = Iterable[Mapping[str, Any]]
+
+
+def relative_name(model: nn.Module, name: str) -> str:
+    """The layer's name without the prefix of the base model: the same in a base model and in one with a head."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return name.removeprefix(f"{prefix}.") if prefix else name
+
+
+def prepare_(model: nn.Module, config: R2QuantConfig) -> None:
+    """Attaches encoders and input quantizers and notes the recipe on the model, in place."""
+    names = [layer.name for layer in weight_layers(model, tied=True)]
+    check_globs(config.skip, names, "skip")
+    check_globs(config.overrides, names, "overrides")
+    chosen = attach_(model, config.spec_for)
+    stored = copy.deepcopy(config)
+    stored.stage, stored.layers = "prepared", {relative_name(model, name): {} for name in chosen}
+    model.__dict__["r2_quant_config"] = stored
+    if isinstance(model, PreTrainedModel):
+        model.config.quantization_config = stored  # so that from_pretrained prepares a training checkpoint again
+
+
+def quantize_(model: nn.Module, config: R2QuantConfig, batches: Batches | None) -> R2QuantConfig:
+    """Float model to packed layers, in place; returns the config to store with them."""
+    if config.needs_batches and batches is None:
+        raise ValueError(f"batches are needed: {config.needs_batches}")
+    prepare_(model, config)
+    if config.method in PTQ_METHODS:
+        PTQ_METHODS[config.method].run(model, batches, **config.options)
+    calibrate_(model, batches)
+    return pack_(model)
+
+
+def pack_(model: nn.Module) -> R2QuantConfig:
+    """Prepared layers to packed layers, in place; returns the config to store with them.
+
+    Raises ValueError for a model that was never prepared.
+    """
+    layers = prepared_layers(model)
+    if not layers:
+        raise ValueError(
+            "nothing to convert: call prepare(model, config) and train, or quantize(model, config) at once"
+        )
+    config = copy.deepcopy(model.__dict__.get("r2_quant_config") or _stored_config(model))
+    pairs = tied_pairs(model) if isinstance(model, PreTrainedModel) else {}
+    encoded = encoded_weights(model)
+    shared: dict[int, nn.Parameter] = {}
+    layouts: dict[str, Layout] = {}
+    for layer in layers:
+        result, owner = encoded[layer.name], id(encoded[layer.name])
+        layouts[layer.name] = layout_of(result, layer.channel_axis, layer.module)
+        detach_(layer.module)
+        pack_layer_(layer.module, result, layouts[layer.name], shared.get(owner))
+        shared[owner] = layer.module._parameters["weight_packed"]  # type: ignore[assignment]
+    if isinstance(model, PreTrainedModel):
+        retie(model, pairs)
+    config.layers = {relative_name(model, name): layout.to_dict() for name, layout in layouts.items()}
+    config.stage = "packed"
+    model.__dict__.pop("r2_quant_config", None)
+    return config
+
+
+def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Turns a packed model back into a plain float one with the quantized values, in place; ties are kept."""
+    pairs = tied_pairs(model) if isinstance(model, PreTrainedModel) else {}
+    shared: dict[int, nn.Parameter] = {}
+    for module in packed_layers(model).values():
+        packed = module._parameters["weight_packed"]
+        if id(packed) not in shared:
+            value = module.weight.detach().clone()  # type: ignore[operator,union-attr]
+            shared[id(packed)] = nn.Parameter(value.to(dtype or value.dtype))
+        dequantize_layer_(module, shared[id(packed)])
+    if isinstance(model, PreTrainedModel):
+        retie(model, pairs)
+
+
+def _stored_config(model: nn.Module) -> R2QuantConfig:
+    stored = getattr(getattr(model, "config", None), "quantization_config", None)
+    return stored if isinstance(stored, R2QuantConfig) else R2QuantConfig(**(stored or {}))

@@ -1,0 +1,59 @@
+"""prepare, quantize, convert: what a user calls on a model."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+from torch import nn
+
+from hf_r2.checkpoint import finish_packed_
+from hf_r2.encoders import ENCODERS
+from hf_r2.packed_layers import is_packed
+from hf_r2.quant_config import R2QuantConfig
+from hf_r2.road import Batches, pack_, prepare_, quantize_
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def prepare(model: M, config: R2QuantConfig) -> M:
+    """Attaches trainable encoders (and input quantizers) to `model`, in place, and returns it; train it with any Trainer.
+
+    The state dict keeps the keys `weight` and `bias`; encoders add keys of their own below the same layer, so every
+    checkpoint that is written while training can be resumed and loaded.
+
+    Raises ValueError for a method that is not trained (see `ENCODERS`), for globs that match no layer, and as `quantize`
+    does for weights that cannot be quantized.
+    """
+    if config.method not in ENCODERS:
+        raise ValueError(
+            f"prepare is for the methods that are trained ({', '.join(ENCODERS)}); {config.method!r} works after training: "
+            "call quantize(model, config, batches)"
+        )
+    prepare_(model, config)
+    return model
+
+
+def quantize(model: M, config: R2QuantConfig, batches: Batches | None = None) -> M:
+    """A packed copy of the float `model`, which itself stays untouched.
+
+    `batches` are keyword dicts for `forward` (a DataLoader, a list); they are needed for static activation ranges and by
+    the methods that read layer inputs. `hf_r2.report.report(packed)` says what came out.
+
+    Raises ValueError for missing or rejected batches, globs that match no layer, a model without a float weight layer,
+    and NaN or infinity in a weight (the layer is named).
+    """
+    if any(is_packed(module) for module in model.modules()):
+        raise ValueError("the model is packed already; quantize starts from a float model (see model.dequantize())")
+    model = copy.deepcopy(model)
+    finish_packed_(model, quantize_(model, config, batches))
+    return model
+
+
+def convert(model: M) -> M:
+    """Turns a prepared `model` into a packed one, in place, and returns it.
+
+    Raises ValueError for a model that was never prepared, and for NaN or infinity in a weight (the layer is named).
+    """
+    finish_packed_(model, pack_(model))
+    return model
