@@ -66,7 +66,7 @@ def observed_range(w: Tensor, grid: Grid, axis: int | None) -> tuple[Tensor, Ten
 
 
 def scale_and_zero_point(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Scale (> 0) and zero point (a code) of the grid that covers [low, high] and holds zero exactly.
+    """Scale (> 0, but for all-zero weights at 1 bit symmetric) and zero point (a code) of the grid that covers [low, high] and holds zero exactly.
 
     Symmetric: scale = max(|low|, |high|) / (2**(bits-1) - 1). Asymmetric: the range is extended to hold 0, then
     scale = (high - low) / (2**bits - 1), zero_point = round(-low / scale) (ALGORITHMS section 0.2, as in QDrop).
@@ -76,7 +76,8 @@ def scale_and_zero_point(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor,
     if grid.symmetric:
         steps = max(2 ** (grid.bits - 1) - 1, 0.5)
         scale = torch.where(low == high, magnitude / min(steps, 1.0), magnitude / steps)
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        if grid.bits > 1:  # at 1 bit no code stands for zero: an all-zero weight keeps scale 0
+            scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         return scale, torch.full_like(scale, grid.symmetric_zero_point)
     constant = low == high
     low, high = low.clamp(max=0), high.clamp(min=0)
@@ -87,7 +88,8 @@ def scale_and_zero_point(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor,
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
     """Codes of `x`, uint8, in its shape: nearest level (ties to even), clamped to the grid."""
-    return (x / scale + zero_point).round().clamp(grid.qmin, grid.qmax).to(torch.uint8)
+    divisor = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return (x / divisor + zero_point).round().clamp(grid.qmin, grid.qmax).to(torch.uint8)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

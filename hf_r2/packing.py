@@ -32,7 +32,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     per_unit, unit_bytes, dtype = _unit(bits)
     count = codes.numel()
     codes = torch.nn.functional.pad(codes, (0, -count % per_unit)).view(-1, per_unit).to(dtype)
-    units = codes[:, 0].clone()
+    units = codes[:, 0].clone(memory_format=torch.contiguous_format)
     for i in range(1, per_unit):
         units |= codes[:, i] << (i * bits)
     packed = units.view(torch.uint8).view(-1, units.element_size())[:, :unit_bytes]

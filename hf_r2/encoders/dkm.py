@@ -206,11 +206,14 @@ class DKM(nn.Module):
                 value = self.encode(w).decode()
             return straight_through(w, value)
         flat = w.float().reshape(-1, 1)
-        tau = self._tau(flat.detach())
-        if flat.shape[0] == 0 or tau <= 0:  # nothing to cluster, or all weights equal: they are their own centroid
+        if flat.numel() == 0:
             return w
-        if not math.isfinite(tau):
+        low, high = flat.detach().aminmax()
+        if not torch.isfinite(high - low):
             raise ValueError("DKM: a weight holds NaN or infinity; lower the learning rate")
+        if low == high:  # all weights equal: they are their own centroid
+            return w
+        tau = self._tau(flat.detach())
         soft, centroids = soft_cluster(flat, self.centroids, tau, self.options.max_iter, self.options.tol)
         with torch.no_grad():
             self.centroids.copy_(centroids.detach().sort(dim=0).values)

@@ -21,7 +21,8 @@ def kmeans_scalar(w: Tensor, k: int, *, restarts: int = 4, max_iter: int = 100, 
         return torch.cat([distinct, distinct[-1:].expand(k - distinct.numel())]).float()
     sums = torch.cat([values.new_zeros(1), values.cumsum(0)])
     squares = torch.cat([values.new_zeros(1), values.square().cumsum(0)])
-    quantiles = values[((torch.arange(k, device=w.device) + 0.5) / k * values.numel()).long()]
+    place = (torch.arange(k, device=w.device, dtype=torch.float64) + 0.5) / k * values.numel() - 0.5
+    quantiles = (values[place.floor().long()] + values[place.ceil().long()]) / 2
     generator = torch.Generator().manual_seed(seed)
     starts = [quantiles] + [_d2_sample(values, k, generator) for _ in range(restarts)]
     results = [_lloyd(values, sums, squares, start, max_iter) for start in starts]
