@@ -1,0 +1,243 @@
+"""Range losses: what pulls outlier weights in while a model is trained (R2, arXiv:2303.08253; DSMM, eq. 1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_r2.layers import WeightLayer, folded_weight, following_batch_norms, weight_layers
+from hf_r2.range_kernel import soft_ranges
+
+LOWEST_ALPHA = 1e-3  # a trainable alpha is projected back to this: a negative one would reward a wider range
+UNITS = ("absolute", "std")
+TARGETS = ("raw", "deployed")
+
+
+def _wide(w: Tensor) -> Tensor:
+    return w.float() if w.dtype in (torch.float16, torch.bfloat16) else w
+
+
+def l_inf(w: Tensor) -> Tensor:
+    """Largest magnitude in `w` (any shape), scalar, in the units of `w` (R2, L-inf form; ALGORITHMS 1.2).
+
+    Its gradient is the sign of that one weight. Empty weights give 0.
+    """
+    w = _wide(w)
+    return w.abs().amax() if w.numel() else w.sum()
+
+
+def margin(w: Tensor, m: Tensor | float) -> Tensor:
+    """|m| + sum of what sticks out of [-|m|, |m|], scalar, in the units of `w` (R2, margin form; ALGORITHMS 1.3).
+
+    `w` any shape, `m` a scalar (its sign does not matter). Minimised over m it is `l_inf(w)`.
+    """
+    w = _wide(w)
+    size = torch.as_tensor(m, dtype=w.dtype, device=w.device).abs()
+    return size + (w.abs() - size).clamp(min=0).sum()
+
+
+def soft_min_max(w: Tensor, alpha: Tensor | float, dim: int = 1) -> Tensor:
+    """Smooth width of the range of `w`, scalar, in the units of `w` (DSMM, S1 eq. 1).
+
+    s_max = sum(w softmax(alpha w)), s_min = sum(w softmax(-alpha w)), loss = s_max - s_min + exp(-alpha)
+
+    dL/dw = p (1 + alpha (w - s_max)) - q (1 - alpha (w - s_min)) with p and q the two softmaxes;
+    dL/dalpha = Var_p(w) + Var_q(w) - exp(-alpha). `w` has any shape; `alpha` > 0 is a scalar in 1 / units of `w`: the
+    larger, the closer to max - min. `dim=d` takes `w` as vectors of length d along the output channels (the last
+    `numel mod d` weights left out, as vector clustering does) and sums the widths of their d coordinates.
+
+    Raises ValueError for an alpha that is not positive (it would reward a wider range), or dim < 1.
+    """
+    if not isinstance(alpha, Tensor) and not (alpha > 0 and math.isfinite(alpha)):
+        raise ValueError(f"alpha must be a positive number, got {alpha}")
+    if dim < 1:
+        raise ValueError(f"dim must be at least 1, got {dim}")
+    a = torch.as_tensor(alpha, dtype=_wide(w).dtype, device=w.device)
+    parts = coordinates(w, dim)
+    return soft_ranges(parts, a.expand(len(parts))).to(a.dtype).sum() + torch.exp(-a)
+
+
+def coordinates(w: Tensor, dim: int) -> list[Tensor]:
+    """The `dim` coordinates of `w` seen as vectors along its output channels, each [numel // dim]; [w] for dim 1."""
+    if dim == 1:
+        return [w]
+    flat = w.transpose(0, -1).flatten()
+    return list(flat[: flat.numel() // dim * dim].view(-1, dim).unbind(1))
+
+
+@dataclass(frozen=True)
+class RangeLossRow:
+    """One kind of range loss: the function of a tensor, its source, and the name of its learnable scalar (if any)."""
+
+    function: Any
+    paper: str
+    scalar: str | None
+
+
+RANGE_LOSSES: dict[str, RangeLossRow] = {
+    "l_inf": RangeLossRow(l_inf, "arXiv:2303.08253", None),
+    "margin": RangeLossRow(margin, "arXiv:2303.08253", "margin"),
+    "soft_min_max": RangeLossRow(soft_min_max, "arXiv:2303.08253, eq. 1 of the DSMM paper", "alpha"),
+}
+
+
+def size_aware_alpha(numel: int) -> float:
+    """sqrt(2 ln N): the temperature, per standard deviation, at which N Gaussian weights condense on their extremes.
+
+    Below it the softmax spreads over exponentially many weights, and the pull on one of them vanishes like
+    exp(alpha x) / (N exp(alpha^2 / 2)); at it, a weight as far out as the largest of N Gaussian ones (x = sqrt(2 ln N))
+    has exp(alpha x) / (N exp(alpha^2 / 2)) = 1, whatever N.
+    """
+    return max(1.0, math.sqrt(2 * math.log(max(numel, 2))))
+
+
+class RangeLoss(nn.Module):
+    """The range loss of all weights of a model, and the learnable scalars (alpha or margin, one per weight) that go with it.
+
+    Args:
+        model: its linear, convolution and embedding weights are restricted (tied ones once, frozen ones not).
+        kind: "soft_min_max", "margin" or "l_inf".
+        alpha: start of alpha. Default 0.1 as in the paper; in units of std `size_aware_alpha` of each weight.
+        trainable: whether alpha (margin) learns. Default: yes in absolute units, alpha not in units of std.
+        units: "absolute", the paper's form, or "std": the weight over its own, detached, standard deviation. In std
+            units the pull on a weight x standard deviations out is
+            dL/dw = [p (1 + alpha (x - s_max)) - q (1 - alpha (x - s_min))] / std,
+            which does not vanish with the number of weights (for alpha near sqrt(2 ln N)) nor with their scale, while
+            the paper's form at alpha std << 1 gives 2 alpha (w - mean) / N.
+        target: "raw", the parameter, or "deployed": with the batch norm behind it folded in (differentiably).
+        dim: the weight as vectors of this length (see `soft_min_max`).
+        skip: globs of layer names to leave out.
+
+    The model's parameters are not registered here: `parameters()` gives the scalars alone, one tensor `scalars` [weights].
+
+    Raises ValueError for arguments that are not allowed and for a model without any weight to restrict.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kind: str = "soft_min_max",
+        alpha: float | None = None,
+        trainable: bool | None = None,
+        units: str = "absolute",
+        target: str = "raw",
+        dim: int = 1,
+        skip: Sequence[str] = (),
+    ):
+        super().__init__()
+        _check(kind, alpha, trainable, units, target, dim)
+        layers = [layer for layer in weight_layers(model, skip) if layer.weight.requires_grad]
+        if not layers:
+            raise ValueError("the range loss found no trainable linear, convolution or embedding weight in the model")
+        norms = following_batch_norms(model) if target == "deployed" else {}
+        # plain attributes behind a tuple: a Module or Parameter set directly would become part of this module's state
+        self._model_refs = (layers, [norms.get(layer.name) for layer in layers])
+        self.kind, self.units, self.target, self.dim = kind, units, target, dim
+        scalar = RANGE_LOSSES[kind].scalar
+        self.trainable = scalar is not None and (units == "absolute" or scalar == "margin" if trainable is None else trainable)
+        start = [self._start(layer, norm, alpha) for layer, norm in zip(*self._model_refs, strict=True)]
+        device = layers[0].weight.device
+        self.scalars = nn.Parameter(torch.tensor(start, device=device), requires_grad=self.trainable)
+
+    def _start(self, layer: WeightLayer, norm: nn.Module | None, alpha: float | None) -> float:
+        if self.kind == "margin":
+            weight = self._target(layer, norm).detach()
+            return float(weight.abs().max()) if weight.numel() else 0.0
+        if alpha is not None:
+            return alpha
+        return 0.1 if self.units == "absolute" else size_aware_alpha(layer.weight.numel())
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the restricted layers, in the order of `scalars`."""
+        return [layer.name for layer in self._model_refs[0]]
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """{layer name: its float parameter}."""
+        return {layer.name: layer.weight for layer in self._model_refs[0]}
+
+    def _target(self, layer: WeightLayer, norm: nn.Module | None) -> Tensor:
+        """The weight that is measured: raw or folded, in absolute units or in those of its own std."""
+        w = layer.weight if norm is None else folded_weight(layer.weight, norm)
+        if self.units == "std" and w.numel() > 1:
+            wide = _wide(w)
+            std = wide.detach().std(correction=0)
+            w = wide / torch.where(std > 0, std, torch.ones_like(std))
+        return w
+
+    def forward(self, only: Collection[str] | None = None) -> Tensor:
+        """Sum of the range losses of all weights (of the layers named in `only`, if given), scalar; 0 for none."""
+        layers, norms = self._model_refs
+        chosen = [i for i, layer in enumerate(layers) if only is None or layer.name in only]
+        if not chosen:
+            return self.scalars.sum() * 0
+        weights = [self._target(layers[i], norms[i]) for i in chosen]
+        scalars = self.scalars if len(chosen) == len(layers) else self.scalars[chosen]
+        if self.kind == "l_inf":
+            return torch.stack([l_inf(w) for w in weights]).sum()
+        if self.kind == "margin":
+            return torch.stack([margin(w, m) for w, m in zip(weights, scalars.unbind(), strict=True)]).sum()
+        parts = [part for w in weights for part in coordinates(w, self.dim)]
+        ranges = soft_ranges(parts, scalars.repeat_interleave(self.dim))
+        return ranges.sum() + torch.exp(-scalars).sum()
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Puts scalars that an optimizer step made negative back to their bound; call it after every step."""
+        self.scalars.clamp_(min=0.0 if self.kind == "margin" else LOWEST_ALPHA)
+
+    @torch.no_grad()
+    def mean_range_over_std(self) -> Tensor:
+        """Mean over the weights of (max - min) / std, scalar; weights with std 0 are left out."""
+        ratios = []
+        for layer, norm in zip(*self._model_refs, strict=True):
+            w = _wide(layer.weight if norm is None else folded_weight(layer.weight, norm))
+            if w.numel() > 1:
+                low, high = w.aminmax()
+                ratios.append((high - low) / w.std(correction=0))
+        ratios = torch.stack(ratios) if ratios else torch.zeros(1)
+        return ratios[torch.isfinite(ratios)].mean()
+
+    @torch.no_grad()
+    def summary(self) -> list[dict[str, Any]]:
+        """One dict per weight: name, numel, range, std (units of the weight), range_over_std, kurtosis (3 for a
+        Gaussian), and alpha or margin. Of the folded weight where the target is the deployed one."""
+        rows = []
+        for layer, norm, scalar in zip(*self._model_refs, self.scalars.tolist(), strict=True):
+            w = _wide(layer.weight if norm is None else folded_weight(layer.weight, norm)).double()
+            std = float(w.std(correction=0)) if w.numel() else 0.0
+            width = float(w.max() - w.min()) if w.numel() else 0.0
+            fourth = float(((w - w.mean()) ** 4).mean()) if w.numel() else 0.0
+            row: dict[str, Any] = {"name": layer.name, "numel": w.numel(), "range": width, "std": std}
+            row |= {"range_over_std": width / std if std else 0.0, "kurtosis": fourth / std**4 if std else 0.0}
+            if RANGE_LOSSES[self.kind].scalar is not None:
+                row[RANGE_LOSSES[self.kind].scalar] = scalar
+            rows.append(row)
+        return rows
+
+
+def _check(kind: str, alpha: float | None, trainable: bool | None, units: str, target: str, dim: int) -> None:
+    if kind not in RANGE_LOSSES:
+        raise ValueError(f"no range loss called {kind!r}; there are: {', '.join(RANGE_LOSSES)}")
+    if units not in UNITS:
+        raise ValueError(f"units must be one of {', '.join(UNITS)}; got {units!r}")
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}; got {target!r}")
+    if not isinstance(dim, int) or dim < 1:
+        raise ValueError(f"dim must be an integer of at least 1, got {dim!r}")
+    if dim > 1 and kind != "soft_min_max":
+        raise ValueError(f"dim is for soft_min_max; {kind!r} takes 1, got {dim}")
+    if alpha is not None and kind != "soft_min_max":
+        raise ValueError(f"alpha is for soft_min_max, not for {kind!r}; got {alpha}")
+    if alpha is not None and not (alpha > 0 and math.isfinite(alpha)):
+        raise ValueError(f"alpha must be a positive number, got {alpha}")
+    if units == "std" and kind == "soft_min_max" and trainable:
+        raise ValueError(
+            "units='std' needs a fixed alpha (trainable=False): measured in its own std a weight has Var_p + Var_q > "
+            "exp(-alpha), so a trainable alpha falls to its lower bound at once"
+        )
