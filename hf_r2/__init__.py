@@ -10,6 +10,8 @@ from hf_r2.trainer import R2Seq2SeqTrainer, R2Trainer
 from hf_r2.training_args import R2Seq2SeqTrainingArguments, R2TrainingArguments
 from hf_r2.verbs import convert, prepare, quantize
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ENCODERS",
     "PTQ_METHODS",

@@ -24,13 +24,13 @@ def push_folder(
     revision: str | None = None,
     commit_message: str = "Add model, card and tokenizer",
 ) -> str:
-    """Uploads a folder that `save_pretrained` and `write_card` filled, as exactly one commit; returns the commit's URL.
+    """Uploads a folder that `save_pretrained` and `write_card` filled, as one commit; returns the commit's URL.
 
-    The repository is created where it does not exist, and so is the branch `revision`. Safetensors files that an earlier
-    push left and this folder no longer has are deleted in the same commit: a stale `model.safetensors` would be loaded
-    in place of new shards. Hidden files, pickles and `checkpoint-*` folders stay at home. A folder that is on the Hub
-    already, unchanged, makes no commit: the URL is that of the last one. The token is the one of `hf auth login` or of
-    the variable `HF_TOKEN`.
+    The repository is created where it does not exist, and so is the branch `revision`. Safetensors files that an
+    earlier push left and this folder no longer has are deleted in the same commit: a stale `model.safetensors` would be
+    loaded in place of new shards. Hidden files, pickles, `runs` and `checkpoint-*` folders stay at home. A folder that
+    is on the Hub already, unchanged, makes no commit: the URL is that of the last one. The token is the one of
+    `hf auth login` or of the variable `HF_TOKEN`.
 
     Raises ValueError when the folder lacks config.json, safetensors weights or README.md, PermissionError when the Hub
     refuses the token, ConnectionError when it cannot be reached.

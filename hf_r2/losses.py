@@ -108,7 +108,7 @@ class RangeLoss(nn.Module):
             units the pull on a weight x standard deviations out is
             dL/dw = [p (1 + alpha (x - s_max)) - q (1 - alpha (x - s_min))] / std,
             which does not vanish with the number of weights (for alpha near sqrt(2 ln N)) nor with their scale, while
-            the paper's form at alpha std << 1 gives 2 alpha (w - mean) / N.
+            the paper's form at alpha std << 1 gives 4 alpha (w - mean) / N.
         target: "raw", the parameter, or "deployed": with the batch norm behind it folded in (differentiably).
         dim: the weight as vectors of this length (see `soft_min_max`).
         skip: globs of layer names to leave out.
@@ -139,7 +139,9 @@ class RangeLoss(nn.Module):
         self._model_refs = (layers, [norms.get(layer.name) for layer in layers])
         self.kind, self.units, self.target, self.dim = kind, units, target, dim
         scalar = RANGE_LOSSES[kind].scalar
-        self.trainable = scalar is not None and (units == "absolute" or scalar == "margin" if trainable is None else trainable)
+        self.trainable = scalar is not None and (
+            units == "absolute" or scalar == "margin" if trainable is None else trainable
+        )
         start = [self._start(layer, norm, alpha) for layer, norm in zip(*self._model_refs, strict=True)]
         device = layers[0].weight.device
         self.scalars = nn.Parameter(torch.tensor(start, device=device), requires_grad=self.trainable)

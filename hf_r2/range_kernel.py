@@ -1,20 +1,20 @@
 """Soft minimum and maximum of many weights with their closed-form gradient: one autograd node, few launches, no copies.
 
-exp(-alpha w) is 1 / exp(alpha w): while alpha |w| stays small, one exponential serves both sides. Beyond that each side
-is shifted by its own extreme, so that nothing overflows.
+exp(-alpha w) is 1 / exp(alpha w): as long as neither overflows, one exponential serves both sides. Otherwise each side is
+shifted by its own extreme (two softmaxes).
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 16  # weights handled at once: 256 kB of float32 stays in cache
+CHUNK = 1 << 18  # weights handled at once: 512 kB of float32 and its temporaries stay in cache
 SMALL = 1 << 14  # weights of equal size up to this one are stacked and handled together
-SAFE = 30.0  # exp of +-30 summed over billions of weights stays far inside float32
 
 
 def soft_ranges(weights: Sequence[Tensor], alphas: Tensor) -> Tensor:
@@ -44,14 +44,18 @@ class _SoftRanges(torch.autograd.Function):
             else:
                 value, slope, grads[indices[0]] = _large(rows[0].to(dtype), alpha[0])
             result[indices], slopes[indices] = value, slope
-        ctx.save_for_backward(slopes, *[g for g in grads if g is not None])
+        ctx.buffers = (slopes, *[g for g in grads if g is not None])
+        ctx.spent = False
         ctx.held = [g is not None for g in grads]
         ctx.like = [(w.shape, w.dtype) for w in weights]
         return result
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
-        slopes, *held = ctx.saved_tensors
+        slopes, *held = ctx.buffers
+        if ctx.spent:
+            raise RuntimeError("the range loss keeps its gradient for one backward pass; call it again for another")
+        ctx.spent = True  # the buffers are scaled in place: a second copy of all gradients would cost as much again
         stored = iter(held)
         scales = list(grad.unbind())
         grads = []
@@ -64,7 +68,7 @@ class _SoftRanges(torch.autograd.Function):
             elif g is None:
                 grads.append(torch.zeros(shape, dtype=dtype, device=grad.device))
             else:
-                grads.append((g * scale).to(dtype).view(shape))
+                grads.append(g.mul_(scale).to(dtype).view(shape))
         return (grad * slopes, *grads)
 
 
@@ -87,8 +91,9 @@ def _batches(weights: Sequence[Tensor]) -> list[list[int]]:
 def _small(w: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Range, its slope in alpha, and its gradient for stacked weights [B, n], all in cache."""
     a = alpha[:, None]
-    up = torch.softmax(a * w, dim=1)
-    down = torch.softmax(-a * w, dim=1)
+    low, high = w.aminmax(dim=1, keepdim=True)  # subtracted before the product: alpha w would be rounded at its full size
+    up = torch.softmax(a * (w - high), dim=1)
+    down = torch.softmax(a * (low - w), dim=1)
     s_max, s_min = (up * w).sum(1, keepdim=True), (down * w).sum(1, keepdim=True)
     slope = (up * (w - s_max).square()).sum(1) + (down * (w - s_min).square()).sum(1)
     grad = up * (1 + a * (w - s_max)) - down * (1 - a * (w - s_min))
@@ -96,32 +101,36 @@ def _small(w: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _large(w: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for one weight [n], in chunks that stay in cache; the gradient buffer holds the exponentials meanwhile."""
-    low, high = w.aminmax()
-    shared = bool(alpha * torch.maximum(high, -low) <= SAFE)  # one exponential serves both sides
+    """The same for one weight [n], in chunks that stay in cache, with one exponential where nothing overflows."""
+    if w.device.type != "cpu":  # no host synchronisation there
+        value, slope, grad = _small(w[None], alpha[None])
+        return value[0], slope[0], grad[0]
     grad = torch.empty_like(w)
-    zero = (torch.zeros_like(high), torch.zeros_like(high)) if shared else (high, low)
-    sums = torch.zeros(6, dtype=torch.float64, device=w.device)
-    for x, e in zip(w.split(CHUNK), grad.split(CHUNK), strict=True):
-        up, down = _exponentials(x, alpha, zero, shared, e)
-        ux, dx = up * x, down * x
-        sums += torch.stack([up.sum(), ux.sum(), ux.dot(x), down.sum(), dx.sum(), dx.dot(x)]).double()
-    n_up, n_down = sums[0], sums[3]
-    s_max, s_min = sums[1] / n_up, sums[4] / n_down
-    slope = (sums[2] / n_up - s_max.square()) + (sums[5] / n_down - s_min.square())
-    a = alpha.double()
+    a = float(alpha)
+    sums = _one_exponential(w, a, grad)
+    if not all(map(math.isfinite, sums)):
+        value, slope, shifted = _small(w[None], alpha[None])
+        return value[0], slope[0], shifted[0]
+    n_up, up_x, up_xx, n_down, down_x, down_xx = sums
+    s_max, s_min = up_x / n_up, down_x / n_down
+    slope = (up_xx / n_up - s_max * s_max) + (down_xx / n_down - s_min * s_min)
     # gradient = up (c0 + c1 x) - down (d0 - d1 x), with the constants of the closed form
-    c0, c1 = ((1 - a * s_max) / n_up).to(w.dtype), (a / n_up).to(w.dtype)
-    d0, d1 = ((1 + a * s_min) / n_down).to(w.dtype), (a / n_down).to(w.dtype)
+    c0, c1 = (1 - a * s_max) / n_up, a / n_up
+    d0, d1 = (1 + a * s_min) / n_down, a / n_down
     for x, e in zip(w.split(CHUNK), grad.split(CHUNK), strict=True):
-        down = e.reciprocal() if shared else torch.exp(alpha * (zero[1] - x))
-        e.mul_(torch.addcmul(c0, c1, x)).sub_(down.mul_(torch.addcmul(d0, d1, x, value=-1)))
-    return (s_max - s_min).to(w.dtype), slope.to(w.dtype), grad
+        down = e.reciprocal()
+        e.mul_(torch.mul(x, c1).add_(c0)).add_(down.mul_(torch.mul(x, d1).sub_(d0)))
+    return w.new_tensor(s_max - s_min), w.new_tensor(slope), grad
 
 
-def _exponentials(x: Tensor, alpha: Tensor, zero: tuple[Tensor, Tensor], shared: bool, out: Tensor) -> tuple[Tensor, Tensor]:
-    if shared:
-        torch.mul(x, alpha, out=out).exp_()
-        return out, out.reciprocal()
-    torch.sub(x, zero[0], out=out).mul_(alpha).exp_()
-    return out, torch.exp(alpha * (zero[1] - x))
+def _one_exponential(w: Tensor, alpha: float, out: Tensor) -> list[float]:
+    """Sums of e, e x, e x^2 and of their mirror images 1/e, with e = exp(alpha x) left in `out`; inf on overflow."""
+    sums = [0.0] * 6
+    for x, e in zip(w.split(CHUNK), out.split(CHUNK), strict=True):
+        torch.mul(x, alpha, out=e)
+        e.exp_()
+        down = e.reciprocal()
+        up_x, down_x = e * x, down * x
+        parts = (e.sum(), up_x.sum(), up_x.dot(x), down.sum(), down_x.sum(), down_x.dot(x))
+        sums = [total + part.item() for total, part in zip(sums, parts, strict=True)]
+    return sums

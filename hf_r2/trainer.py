@@ -41,7 +41,8 @@ class R2TrainerMixin:
         options = self.args if isinstance(self.args, R2Arguments) else R2Arguments()
         _refuse_split_weights(self)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if self.model_accepts_loss_kwargs and not consumes_num_items(model):
+        by_smoother = self.label_smoother is not None  # it divides by num_items_in_batch itself
+        if self.model_accepts_loss_kwargs and not by_smoother and not consumes_num_items(model):
             # Trainer takes **kwargs in `forward` as proof that the loss is divided by the accumulation steps already;
             # heads that ignore num_items_in_batch would train on a multiple (huggingface/transformers issue 47688).
             self.model_accepts_loss_kwargs = False
@@ -82,7 +83,9 @@ class R2TrainerMixin:
         norms = {n for n, m in model.named_modules() if isinstance(m, BATCH_NORMS)}
         names = super().get_decay_parameter_names(model)
         return [
-            n for n in names if n.rpartition(".")[0] not in norms and not any(p in QUANTIZER_PARTS for p in n.split("."))
+            n
+            for n in names
+            if n.rpartition(".")[0] not in norms and not any(p in QUANTIZER_PARTS for p in n.split("."))
         ]
 
     def compute_loss(

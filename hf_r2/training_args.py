@@ -18,14 +18,20 @@ class R2Arguments:
 
     range_loss: str = field(
         default="soft_min_max",
-        metadata={"help": "Range loss to add while training; none for plain training.", "choices": [*RANGE_LOSSES, NO_LOSS]},
+        metadata={
+            "help": "Range loss to add while training; none for plain training.",
+            "choices": [*RANGE_LOSSES, NO_LOSS],
+        },
     )
     range_weight: float = field(
-        default=0.01, metadata={"help": "Strength: the loss is task loss + range_weight x sum of the range losses (>= 0)."}
+        default=0.01,
+        metadata={"help": "Strength: the loss is task loss + range_weight x sum of the range losses (>= 0)."},
     )
     range_alpha: float | None = field(
         default=None,
-        metadata={"help": "Start of soft_min_max's temperature; default 0.1, in units of std sqrt(2 ln N) for N weights."},
+        metadata={
+            "help": "Start of soft_min_max's temperature; default 0.1, in units of std sqrt(2 ln N) for N weights."
+        },
     )
     range_trainable: bool | None = field(
         default=None,
@@ -33,18 +39,27 @@ class R2Arguments:
     )
     range_lr: float = field(
         default=0.01,
-        metadata={"help": "Learning rate of alpha or margin; no weight decay. The models' own rate would not move them."},
+        metadata={
+            "help": "Learning rate of alpha or margin; no weight decay. The models' own rate would not move them."
+        },
     )
     range_units: str = field(
         default="absolute",
-        metadata={"help": "absolute: the paper's form; std: each weight over its own std (size-aware).", "choices": [*UNITS]},
+        metadata={
+            "help": "absolute: the paper's form; std: each weight over its own std (size-aware).",
+            "choices": [*UNITS],
+        },
     )
     range_target: str = field(
         default="raw",
-        metadata={"help": "raw: the weight itself; deployed: with the batch norm behind it folded in.", "choices": [*TARGETS]},
+        metadata={
+            "help": "raw: the weight itself; deployed: with the batch norm behind it folded in.",
+            "choices": [*TARGETS],
+        },
     )
     range_dim: int = field(
-        default=1, metadata={"help": "Take weights as vectors of this length along the output channels (soft_min_max)."}
+        default=1,
+        metadata={"help": "Take weights as vectors of this length along the output channels (soft_min_max)."},
     )
     range_skip: list[str] = field(
         default_factory=list, metadata={"help": "Globs of layer names that the range loss leaves out."}
@@ -52,12 +67,16 @@ class R2Arguments:
 
     def check_range_arguments(self) -> None:
         """Raises ValueError for a strength or learning rate that makes no sense, or an unknown choice."""
-        if not (isinstance(self.range_weight, (int, float)) and math.isfinite(self.range_weight) and self.range_weight >= 0):
+        if not (
+            isinstance(self.range_weight, (int, float)) and math.isfinite(self.range_weight) and self.range_weight >= 0
+        ):
             raise ValueError(f"range_weight must be a number >= 0, got {self.range_weight}")
         if not (math.isfinite(self.range_lr) and self.range_lr >= 0):
             raise ValueError(f"range_lr must be a number >= 0, got {self.range_lr}")
         if self.range_loss not in (*RANGE_LOSSES, NO_LOSS):
-            raise ValueError(f"no range loss called {self.range_loss!r}; there are: {', '.join([*RANGE_LOSSES, NO_LOSS])}")
+            raise ValueError(
+                f"no range loss called {self.range_loss!r}; there are: {', '.join([*RANGE_LOSSES, NO_LOSS])}"
+            )
 
     def __post_init__(self) -> None:
         self.check_range_arguments()

@@ -1,8 +1,8 @@
 """A stand-in for the Hub's HTTP API, in memory: enough to create, push, list, branch and download model repositories.
 
-`python tests/hub_stub.py --port 0` prints its address as one line and serves until it is killed. Files always travel in
-the commit itself (`uploadMode: regular`), so neither LFS nor xet is needed. Writing asks for a bearer token, as the Hub
-does. Every commit keeps all its files, so any `revision` can be downloaded.
+`python tests/hub_stub.py --port 0` prints its address as one line and serves until it is killed. Files always travel
+in the commit itself (`uploadMode: regular`), so neither LFS nor xet is needed. Writing asks for a bearer token, as the
+Hub does. Every commit keeps all its files, so any `revision` can be downloaded.
 """
 
 from __future__ import annotations
@@ -106,11 +106,12 @@ def create(hub: Hub, body: bytes) -> Any:
     wanted = json.loads(body)
     name = f"{wanted.get('organization') or 'user'}/{wanted['name']}"
     url = {"url": f"{hub.url}/{name}"}
+    private = wanted.get("visibility") == "private" or bool(wanted.get("private"))  # new and older clients
     with hub.lock:
         if name in hub.repositories:
             raise Failure(409, "", json.dumps({"error": f"{name} already exists", **url}))
         start = Commit("initial commit", {".gitattributes": b""})
-        hub.repositories[name] = Repository(name, bool(wanted.get("private")), {"main": start})
+        hub.repositories[name] = Repository(name, private, {"main": start})
     return url
 
 
@@ -163,7 +164,14 @@ def branch(hub: Hub, body: bytes, name: str, revision: str) -> Any:
 def model_info(hub: Hub, body: bytes, name: str, revision: str = "main") -> Any:
     found, repository = hub.commit(name, revision), hub.repository(name)
     siblings = [{"rfilename": path} for path in sorted(found.files)]
-    return {"id": name, "modelId": name, "sha": found.sha, "private": repository.private, "siblings": siblings, "tags": []}
+    return {
+        "id": name,
+        "modelId": name,
+        "sha": found.sha,
+        "private": repository.private,
+        "siblings": siblings,
+        "tags": [],
+    }
 
 
 def tree(hub: Hub, body: bytes, name: str, revision: str, folder: str = "") -> Any:

@@ -1,0 +1,119 @@
+"""Question and sentence pairs for `scripts/qnli.py`: from the hub, from files, or generated."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import MobileBertConfig, MobileBertForSequenceClassification, PreTrainedTokenizerFast
+
+LABELS = ["entailment", "not_entailment"]  # GLUE's order: 0 means that the sentence holds the answer
+COLUMNS = ("question", "sentence", "label")
+
+NAMES = "anna boris clara daniel elena felix greta henry irina jonas karin leo maria nils olga peter".split()
+PLACES = "athens berlin cairo dublin geneva havana kyoto lima madrid oslo paris quito riga sofia tokyo vienna".split()
+YEARS = [str(year) for year in range(1820, 1980, 10)]
+COUNTS = "two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty".split()
+REASONS = "money fame peace science trade safety justice health pleasure freedom".split()
+DEEDS = {
+    "build": "built",
+    "paint": "painted",
+    "buy": "bought",
+    "sell": "sold",
+    "design": "designed",
+    "repair": "repaired",
+}
+THINGS = "bridges towers boats houses engines clocks gardens roads theatres wells chapels windmills".split()
+OPENINGS = ["", "as reported , ", "later on , ", "in the end , ", "it is known that ", "according to the letters , "]
+
+# What may be asked for: the question's first words, and how a sentence states the answer.
+QUESTIONS = {
+    "who": "who {past} the {thing} ?",
+    "where": "where did they {deed} the {thing} ?",
+    "when": "when did they {deed} the {thing} ?",
+    "how many": "how many {thing} did they {deed} ?",
+    "why": "why did they {deed} the {thing} ?",
+}
+FACTS: dict[str, Callable[[random.Random], str]] = {
+    "where": lambda rng: f"in {rng.choice(PLACES)}",
+    "when": lambda rng: f"in {rng.choice(YEARS)}",
+    "why": lambda rng: f"for {rng.choice(REASONS)}",
+}
+
+
+def generated_pair(rng: random.Random) -> dict[str, str | int]:
+    """One question, a sentence on the same deed, and whether the sentence holds what was asked for (0) or not (1)."""
+    deed, thing = rng.choice(list(DEEDS)), rng.choice(THINGS)
+    asked = rng.choice(list(QUESTIONS))
+    label = rng.randrange(2)
+    others = [kind for kind in QUESTIONS if kind != asked]
+    stated = rng.sample(others, rng.randint(1, 3))  # the number of facts tells nothing about the label
+    if label == 0:
+        stated[0] = asked
+    subject = rng.choice(NAMES) if "who" in stated else "they"
+    count = f"{rng.choice(COUNTS)} " if "how many" in stated else "the "
+    facts = [FACTS[kind](rng) for kind in FACTS if kind in stated]
+    rng.shuffle(facts)
+    sentence = " ".join([f"{rng.choice(OPENINGS)}{subject} {DEEDS[deed]} {count}{thing}", *facts, "."])
+    question = QUESTIONS[asked].format(deed=deed, past=DEEDS[deed], thing=thing)
+    return {"question": question, "sentence": sentence, "label": label}
+
+
+def generated_data(train: int = 8000, validation: int = 1000, seed: int = 0) -> DatasetDict:
+    """A small data set of QNLI's form, the same for the same seed; no validation pair occurs in training."""
+    rng, seen, rows = random.Random(seed), set(), []
+    while len(rows) < train + validation:
+        pair = generated_pair(rng)
+        key = (pair["question"], pair["sentence"])
+        if key not in seen:
+            seen.add(key)
+            rows.append(pair)
+    parts = {"train": rows[:train], "validation": rows[train:]}
+    return DatasetDict({name: Dataset.from_list(part) for name, part in parts.items()})
+
+
+def generated_tokenizer(max_length: int = 32) -> PreTrainedTokenizerFast:
+    """A lower-casing tokenizer with one token per word of the generated data."""
+    words = [*NAMES, *PLACES, *YEARS, *COUNTS, *REASONS, *DEEDS, *DEEDS.values(), *THINGS]
+    words += " ".join([*OPENINGS, *QUESTIONS.values(), "they the in for ."]).split()
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({word for word in words if "{" not in word})]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, vocabulary.index(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=max_length,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+    )
+
+
+def small_mobilebert(vocab_size: int) -> MobileBertForSequenceClassification:
+    """An untrained MobileBERT of four layers; layer norm, because the paper's NoNorm needs a teacher to train from nothing."""
+    config = MobileBertConfig(
+        vocab_size=vocab_size,
+        embedding_size=32,
+        hidden_size=64,
+        intra_bottleneck_size=32,
+        true_hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=64,
+        num_feedforward_networks=2,
+        max_position_embeddings=64,
+        normalization_type="layer_norm",
+        num_labels=len(LABELS),
+        id2label=dict(enumerate(LABELS)),
+        label2id={label: i for i, label in enumerate(LABELS)},
+    )
+    return MobileBertForSequenceClassification(config)
