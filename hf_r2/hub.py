@@ -8,7 +8,11 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # httpx's or httpx2's, by the version of huggingface_hub
+    OfflineModeIsEnabled,
+)
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = ("model*.safetensors", INDEX)
@@ -27,9 +31,9 @@ def push_folder(
     """Uploads a folder that `save_pretrained` and `write_card` filled, as one commit; returns the commit's URL.
 
     The repository is created where it does not exist, and so is the branch `revision`. Safetensors files that an
-    earlier push left and this folder no longer has are deleted in the same commit: a stale `model.safetensors` would be
-    loaded in place of new shards. Hidden files, pickles, `runs` and `checkpoint-*` folders stay at home. A folder that
-    is on the Hub already, unchanged, makes no commit: the URL is that of the last one. The token is the one of
+    earlier push left and this folder no longer has are deleted in the same commit: a stale `model.safetensors` would
+    be loaded in place of new shards. Hidden files, pickles, `runs` and `checkpoint-*` folders stay at home. A folder
+    that is on the Hub already, unchanged, makes no commit: the URL is that of the last one. The token is the one of
     `hf auth login` or of the variable `HF_TOKEN`.
 
     Raises ValueError when the folder lacks config.json, safetensors weights or README.md, PermissionError when the Hub

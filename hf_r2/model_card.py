@@ -49,9 +49,9 @@ def write_card(
 
     `metrics` is what the scripts write as metrics.json: `arguments`, `versions`, `seed`, `commit`, `command`,
     `first_last` (how first and last layers were treated, a phrase), `task` (`name`, `dataset`, `split`, `metric` and,
-    where wanted, `config`) and `results`, a list of rows with `name`, `method`, `weight_bits` (None: float), `act_bits`,
-    `granularity`, `bits_per_weight`, `size_bytes`, `range_loss`, the metric under its own name (accuracy and f1 from 0
-    to 1) and, where known, `parameters`.
+    where wanted, `config`) and `results`, a list of rows with `name`, `method`, `weight_bits` (None: float),
+    `act_bits`, `granularity`, `bits_per_weight`, `size_bytes`, `range_loss`, the metric under its own name
+    (accuracy and f1 from 0 to 1) and, where known, `parameters`.
 
     `result` names the row this folder holds (needed when there are several); it alone goes into the model index.
     `repo_id` is the name to load by (default: that of the folder). `base_model` is the Hub id of the float model; by

@@ -66,8 +66,8 @@ def plot_ranges(summaries: Mapping[str, Sequence[Mapping[str, Any]]], path: str 
     """Box plot of range / std over the layers, one box for each run, to a PNG.
 
     `summaries` holds `RangeLoss.summary()` by the run's label; range and std are in the units of the weight, their
-    ratio has none. Constant weights (std 0) have no ratio and are left out. Boxes are quartiles, whiskers 1.5 times the
-    quartile distance, each dot is one layer.
+    ratio has none. Constant weights (std 0) have no ratio and are left out. Boxes are quartiles, whiskers 1.5
+    times the quartile distance, each dot is one layer.
 
     Raises ValueError for no run, or a run without any layer of std above 0.
     """
@@ -95,8 +95,8 @@ def plot_accuracy(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str
     """The metric against effective bits per weight, one line for each method, run and activation width, to a PNG.
 
     `rows` are the results of metrics.json. Accuracy and f1 are fractions and drawn in percent. Rows whose
-    `weight_bits` is None (float) are horizontal lines, one for each run. The horizontal axis is logarithmic, with bits per weight as
-    measured (scales and palettes counted).
+    `weight_bits` is None (float) are horizontal lines, one for each run. The horizontal axis is
+    logarithmic, with bits per weight as measured (scales and palettes counted).
 
     Raises ValueError for no row, or a row that lacks a key.
     """
@@ -114,7 +114,7 @@ def plot_accuracy(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str
     is_float = {_line(row): row["weight_bits"] is None for row in rows}
     figure, axes = _figure(width=8.0)
     for i, (label, points) in enumerate(lines.items()):
-        style = {"color": COLOURS[i % len(COLOURS)], "label": label}
+        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "label": label}
         if is_float[label]:
             axes.axhline(max(y for _, y in points), linestyle="--", linewidth=1.2, **style)
         else:

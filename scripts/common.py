@@ -1,109 +1,115 @@
-"""What the scripts share: loading, evaluating and writing down."""
+"""What the scripts share: where a run came from, rows of results, files that are written whole or not at all."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shlex
 import subprocess
 import sys
-import time
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
-import transformers
-from datasets import Dataset
+from huggingface_hub import constants
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import get_session
 from torch import nn
-from tqdm.auto import tqdm
-from transformers import DataCollatorWithPadding
 
-from hf_r2 import RangeLoss
-from hf_r2.metrics import Accuracy
+from hf_r2 import R2QuantConfig
+from hf_r2.report import report
 
-
-@torch.inference_mode()
-def evaluate_classifier(
-    model: nn.Module, data: Dataset, tokenizer: Any, batch_size: int = 64, name: str = ""
-) -> float:
-    """Accuracy, 0 to 1; batches hold texts of like length, so that little is spent on padding."""
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    order = sorted(range(len(data)), key=lambda i: len(data[i]["input_ids"]))
-    collate = DataCollatorWithPadding(tokenizer)
-    predictions, references = [], []
-    for start in tqdm(range(0, len(order), batch_size), desc=f"evaluating {name}", leave=False):
-        batch = collate([data[i] for i in order[start : start + batch_size]]).to(device)
-        references += batch.pop("labels").tolist()
-        predictions += model(**batch).logits.argmax(-1).tolist()
-    model.train(was_training)
-    result = Accuracy().compute(predictions=predictions, references=references)
-    assert result is not None  # None is for the other processes of a distributed metric
-    return result["accuracy"]
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("hf_r2", "torch", "transformers", "datasets", "accelerate", "evaluate")
+HUB_PROBE_S = 5.0
 
 
-def range_summary(model: nn.Module) -> list[dict[str, Any]]:
-    """Range, std and kurtosis of every weight of a float model."""
-    return RangeLoss(model, "l_inf").summary()
+def go_offline_if_hub_is_unreachable() -> None:
+    """Switches the hub clients to their offline mode (local files and caches) when the hub gives no answer in seconds.
 
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    import accelerate
-    import datasets
-
-    import hf_r2
-
-    packages = {m.__name__: m.__version__ for m in (torch, transformers, datasets, accelerate)}
-    return {"python": platform.python_version(), "hf_r2": hf_r2.__version__, **packages}
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout this script lies in, with "+changes" where files differ from it; None outside of one."""
-    here = Path(__file__).parent
+    Left alone they repeat every request for minutes before they say so.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        changes = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+        get_session().head(constants.ENDPOINT, timeout=HUB_PROBE_S)
+    except (HTTPError, OSError):
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+
+def provenance(arguments: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """What made a run: command, arguments, seed, commit and versions, as metrics.json and the card want them."""
+    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    return {"command": command(), "arguments": arguments, "seed": seed, "commit": git_commit(), "versions": versions}
 
 
 def command() -> str:
-    """The command line, with the script named as from the root of the checkout."""
-    return " ".join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    """The command line of this process as one would type it in the root of the project."""
+    script = Path(sys.argv[0]).resolve()
+    name = script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else script.name
+    launcher = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"
+    return f"{launcher} {shlex.join([name, *sys.argv[1:]])}"
 
 
-def arguments_of(*groups: Any) -> dict[str, Any]:
-    """All options of these dataclasses that JSON can hold, tokens left out."""
-    found: dict[str, Any] = {}
-    for group in groups:
-        values = group.to_dict() if hasattr(group, "to_dict") else asdict(group)
-        found |= {k: v for k, v in values.items() if not k.endswith("token")}
-    return json.loads(json.dumps(found, default=str))
+def git_commit() -> str:
+    """Hash of the checked-out commit, with "+changes" where tracked files differ from it; "unknown" without git."""
+    try:
+        run = [
+            subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return run[0] + ("+changes" if run[1] else "")
 
 
-def write_json(path: Path, content: Any) -> None:
-    """JSON, written beside and renamed, so that a reader never sees half of it."""
+def float_row(name: str, model: nn.Module, accuracy: float, range_loss: str | None) -> dict[str, Any]:
+    """The float model's row of results: its own width, all tensors of its checkpoint."""
+    tensors = {t.data_ptr(): t for t in model.state_dict().values()}.values()
+    bits = max((p.element_size() * 8 for p in model.parameters()), default=32)
+    return {
+        "name": name, "method": None, "weight_bits": None, "act_bits": None, "granularity": None, "accuracy": accuracy,
+        "bits_per_weight": float(bits), "size_bytes": sum(t.numel() * t.element_size() for t in tensors),
+        "range_loss": range_loss,
+    }  # fmt: skip
+
+
+def packed_row(
+    name: str, packed: nn.Module, config: R2QuantConfig, accuracy: float, range_loss: str | None
+) -> dict[str, Any]:
+    """A packed model's row of results; sizes and the policy for first and last layers come from its report."""
+    sizes = report(packed)
+    return {
+        "name": name, "method": config.method, "weight_bits": config.weight_bits, "act_bits": config.act_bits,
+        "granularity": config.granularity, "accuracy": accuracy, "range_loss": range_loss,
+        **{key: sizes[key] for key in ("bits_per_weight", "bits_per_weight_all", "size_bytes", "compression", "policy")},
+    }  # fmt: skip
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows of results as a Markdown table; accuracy in percent, sizes in MB (10^6 bytes)."""
+    lines = ["| model | accuracy % | bits per weight | size MB |", "|---|---:|---:|---:|"]
+    for r in rows:
+        size = r["size_bytes"] / 1e6
+        lines.append(f"| {r['name']} | {100 * r['accuracy']:.2f} | {r['bits_per_weight']:.2f} | {size:.3f} |")
+    return "\n".join(lines)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes beside and renames, so that a kill leaves the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(json.dumps(content, indent=2, default=str, allow_nan=False) + "\n", encoding="utf-8")
     beside.replace(path)
 
 
-class Stopwatch:
-    """Seconds since it was made."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-
-    def seconds(self) -> float:
-        """Seconds, rounded to tenths."""
-        return round(time.perf_counter() - self.start, 1)
+def same_logits(one: nn.Module, other: nn.Module, batch: Mapping[str, torch.Tensor]) -> bool:
+    """Whether two models give the same logits for `batch`, to the bit; the second is moved to where the first is."""
+    device = next(one.parameters()).device
+    batch = {key: value.to(device) for key, value in batch.items()}
+    with torch.no_grad():
+        return torch.equal(one.eval()(**batch).logits, other.to(device).eval()(**batch).logits)

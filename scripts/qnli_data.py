@@ -4,14 +4,95 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from pathlib import Path
 
-from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
+from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import MobileBertConfig, MobileBertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    MobileBertConfig,
+    MobileBertForSequenceClassification,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
+HUB_DATA = ("nyu-mll/glue", "qnli")
+# A TSV of GLUE has bare quotation marks in its sentences: 3 is csv.QUOTE_NONE.
+READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".parquet": ("parquet", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"delimiter": "\t", "quoting": 3}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+}
 LABELS = ["entailment", "not_entailment"]  # GLUE's order: 0 means that the sentence holds the answer
 COLUMNS = ("question", "sentence", "label")
+
+
+def from_hub() -> DatasetDict:
+    """GLUE QNLI by its name on the hub, or from the cache; ends with one line where neither has it."""
+    try:
+        data = load_dataset(*HUB_DATA)
+    except OSError as error:
+        raise SystemExit(
+            f"cannot get {' '.join(HUB_DATA)} from the hub or its cache ({error}). Give local files with --train_file and "
+            "--validation_file, or try --generated"
+        ) from error
+    return DatasetDict({part: checked(data[part], f"{part} of {HUB_DATA[0]}") for part in ("train", "validation")})
+
+
+def from_files(train_file: str, validation_file: str) -> DatasetDict:
+    """Pairs from two local files (parquet, csv, tsv, json lines); ends with one line for files it cannot use."""
+    parts = {"train": train_file, "validation": validation_file}
+    return DatasetDict({part: checked(_read(file), file) for part, file in parts.items()})
+
+
+def _read(file: str) -> Dataset:
+    path = Path(file)
+    if path.suffix.lower() not in READERS:
+        raise SystemExit(f"{file}: the file type must be one of {', '.join(READERS)}, got {path.suffix or 'none'!r}")
+    if not path.is_file():
+        raise SystemExit(f"{file}: there is no such file")
+    reader, options = READERS[path.suffix.lower()]
+    try:
+        return load_dataset(reader, data_files=file, split="train", **options)
+    except Exception as error:  # the readers raise errors of a dozen libraries; the cause is what tells
+        raise SystemExit(f"{file}: cannot be read as {reader}: {error.__cause__ or error}") from error
+
+
+def checked(data: Dataset, source: str) -> Dataset:
+    """The three columns, labels as 0 and 1 (names of classes are translated); ends with one line for anything else."""
+    missing = [column for column in COLUMNS if column not in data.column_names]
+    if missing:
+        raise SystemExit(
+            f"{source}: no column {', '.join(missing)}; needed are {', '.join(COLUMNS)}, found {', '.join(data.column_names)}"
+        )
+    if len(data) == 0:
+        raise SystemExit(f"{source}: holds no row")
+    data = data.select_columns(list(COLUMNS))
+    found = set(data.unique("label"))
+    if found <= {0, 1}:
+        return data
+    if not found <= set(LABELS):
+        shown = ", ".join(sorted(map(repr, found))[:5])
+        raise SystemExit(f"{source}: label must be 0 or 1, or {' or '.join(LABELS)}; found {shown}")
+    numbers = [LABELS.index(label) for label in data["label"]]
+    return data.remove_columns("label").add_column("label", numbers)
+
+
+def subset(data: Dataset, most: int | None, seed: int) -> Dataset:
+    """At most `most` rows, drawn at random; all of them for None."""
+    return data if most is None or most >= len(data) else data.shuffle(seed=seed).select(range(most))
+
+
+def tokenized(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, by_length: bool) -> Dataset:
+    """Token ids and `labels`, not padded; `by_length` sorts the rows, so that batches hold little padding."""
+
+    def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        encoded = dict(tokenizer(rows["question"], rows["sentence"], truncation=True, max_length=max_length))
+        return {**encoded, "labels": rows["label"], "length": [len(ids) for ids in encoded["input_ids"]]}
+
+    data = data.map(encode, batched=True, remove_columns=data.column_names, desc="Tokenizing")
+    return (data.sort("length") if by_length else data).remove_columns("length")
+
 
 NAMES = "anna boris clara daniel elena felix greta henry irina jonas karin leo maria nils olga peter".split()
 PLACES = "athens berlin cairo dublin geneva havana kyoto lima madrid oslo paris quito riga sofia tokyo vienna".split()
@@ -110,6 +191,7 @@ def small_mobilebert(vocab_size: int) -> MobileBertForSequenceClassification:
         num_attention_heads=4,
         intermediate_size=64,
         num_feedforward_networks=2,
+        initializer_range=0.2,  # about 1 / sqrt(32): BERT's 0.02 is for hundreds of hidden units and starves these
         max_position_embeddings=64,
         normalization_type="layer_norm",
         num_labels=len(LABELS),
