@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_dataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     MobileBertConfig,
