@@ -86,6 +86,7 @@ def candidates(model: nn.Module, args: BenchArguments) -> dict[str, Callable[[],
         with torch.no_grad():
             for w in weights:
                 w.sum()
+            for w in weights:
                 w.mul_(1.0)
 
     def summed(function: Callable[..., Tensor], *more: str) -> None:

@@ -9,14 +9,14 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import datasets
+import datasets.config
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError  # type: ignore[reportPrivateImportUsage]
 from huggingface_hub.utils import get_session
 from torch import nn
 
@@ -43,8 +43,16 @@ def go_offline_if_hub_is_unreachable() -> None:
 
 def provenance(arguments: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """What made a run: command, arguments, seed, commit and versions, as metrics.json and the card want them."""
-    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    versions = {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}}
     return {"command": command(), "arguments": arguments, "seed": seed, "commit": git_commit(), "versions": versions}
+
+
+def version_of(package: str) -> str:
+    """Version of an installed package; "not installed" for a source tree that is only on the path."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def command() -> str:
@@ -86,7 +94,8 @@ def packed_row(
     return {
         "name": name, "method": config.method, "weight_bits": config.weight_bits, "act_bits": config.act_bits,
         "granularity": config.granularity, "accuracy": accuracy, "range_loss": range_loss,
-        **{key: sizes[key] for key in ("bits_per_weight", "bits_per_weight_all", "size_bytes", "compression", "policy")},
+        **{key: sizes[key] for key in ("bits_per_weight", "bits_per_weight_all", "size_bytes")},
+        **{key: sizes[key] for key in ("compression", "policy")},
     }  # fmt: skip
 
 

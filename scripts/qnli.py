@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import copy
 import sys
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import common
+import qnli_data
 import torch
 from datasets import Dataset
 from torch import nn
@@ -28,8 +31,6 @@ from transformers import (
     set_seed,
 )
 
-import common
-import qnli_data
 from hf_r2 import R2QuantConfig, R2Trainer, R2TrainingArguments, RangeLoss, convert, prepare, quantize
 from hf_r2.hub import push_folder
 from hf_r2.layers import weight_layers
@@ -42,6 +43,7 @@ BASE_MODEL = "google/mobilebert-uncased"
 DEFAULTS: dict[str, Any] = {
     "output_dir": "runs/qnli", "per_device_train_batch_size": 32, "per_device_eval_batch_size": 128,
     "warmup_steps": 0.06, "logging_steps": 50, "save_total_limit": 2, "seed": 0,
+    "dataloader_pin_memory": torch.cuda.is_available(),  # on a CPU it only warns
 }  # fmt: skip
 GENERATED_DEFAULTS: dict[str, Any] = {
     **DEFAULTS, "output_dir": "runs/demo", "per_device_train_batch_size": 64, "learning_rate": 2e-3,
@@ -80,6 +82,9 @@ class QnliArguments:
         default=500, metadata={"help": "Training steps through the soft clusters; 0: k-means after training only."}
     )
     dkm_learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of those steps."})
+    dkm_tau: float = field(
+        default=0.1, metadata={"help": "Temperature of the clustering, in units of each weight's variance."}
+    )
 
     def __post_init__(self) -> None:
         if (self.train_file is None) != (self.validation_file is None):
@@ -97,13 +102,15 @@ class QnliArguments:
         """Name and recipe of each packed model; ValueError for a width that is not allowed."""
         g = self.granularity
         nearest = {f"nearest-{b}bit": R2QuantConfig("nearest", b, granularity=g) for b in self.weight_bits}
-        return nearest | {f"dkm-{b}bit": R2QuantConfig("dkm", b, granularity="per_tensor") for b in self.dkm_bits}
+        dkm = {"granularity": "per_tensor", "options": {"tau": self.dkm_tau}}
+        return nearest | {f"dkm-{b}bit": R2QuantConfig("dkm", b, **dkm) for b in self.dkm_bits}
 
 
 def main() -> None:
     """Load, fine-tune, then for each recipe: quantize or cluster, measure, save; write, push, check, print."""
     args, training = parse_arguments()
     configs = args.configs()
+    out, start = Path(str(training.output_dir)), time.perf_counter()
     push, training.push_to_hub = training.push_to_hub, False  # Trainer would push checkpoints in commits of its own
     set_seed(training.seed)
     model, tokenizer = load_model(args)
@@ -124,15 +131,16 @@ def main() -> None:
         packed = make_packed(model, config, args, training, train, collator)
         accuracy = evaluate(packed, training, validation, collator)
         rows.append(common.packed_row(name, packed, config, accuracy, range_loss))
-        folders[name] = Path(training.output_dir) / name
+        folders[name] = out / name
         if training.process_index == 0:
             save(packed, tokenizer, folders[name])
             draw_weights(model, packed, folders[name] / "weights.png")
             check_reload(packed, folders[name], collator([validation[i] for i in range(min(8, len(validation)))]))
 
     if training.process_index == 0:
-        save(model, tokenizer, Path(training.output_dir) / "float")
-        write_results(args, training, rows, ranges, folders, trainer.state.log_history)
+        save(model, tokenizer, out / "float")
+        run = {"time_s": round(time.perf_counter() - start, 1), "ranges": ranges, "log": trainer.state.log_history}
+        write_results(args, training, rows, run, folders)
         if push:
             push_all(training, folders)
         print_results(rows, folders)
@@ -166,9 +174,11 @@ def load_model(args: QnliArguments) -> tuple[PreTrainedModel, PreTrainedTokenize
         )
     except OSError as error:
         raise SystemExit(
-            f"cannot load {name!r} from a folder, the hub or its cache: {str(error).splitlines()[0]}. Give a local folder with "
-            "--model_name_or_path, and local data with --train_file and --validation_file; or try --generated"
+            f"cannot load {name!r} from a folder, the hub or its cache: {str(error).splitlines()[0]}. Give a local "
+            "folder with --model_name_or_path, and local data with --train_file and --validation_file; or try --generated"
         ) from error
+    if tokenizer.pad_token is None:
+        raise SystemExit(f"the tokenizer of {name!r} has no pad token, which batches need: set one and save it there")
     return model.float(), tokenizer
 
 
@@ -248,17 +258,16 @@ def write_results(
     args: QnliArguments,
     training: R2TrainingArguments,
     rows: list[dict[str, Any]],
-    ranges: dict[str, Any],
+    run: dict[str, Any],
     folders: dict[str, Path],
-    log: list[dict[str, float]],
 ) -> None:
     """metrics.json, the plots, and a card with every packed model."""
-    out = Path(training.output_dir)
+    out = Path(str(training.output_dir))
     arguments = {"qnli": asdict(args), "training": training.to_dict()}
     metrics = {**common.provenance(arguments, training.seed), "task": task(args), "results": rows}
-    common.write_json(out / "metrics.json", {**metrics, "ranges": ranges, "log": log})
+    common.write_json(out / "metrics.json", {**metrics, **run})
     plot_accuracy(rows, out / "accuracy.png")
-    plot_ranges(ranges, out / "ranges.png")
+    plot_ranges(run["ranges"], out / "ranges.png")
     policies = {row["name"]: row["policy"] for row in rows if row["name"] in folders}
     for name, folder in folders.items():
         write_card(folder, {**metrics, "first_last": policies[name]}, result=name, repo_id=repo_id(training, name))
@@ -287,7 +296,7 @@ def task(args: QnliArguments) -> dict[str, str]:
 
 def repo_id(training: R2TrainingArguments, name: str) -> str:
     """Hub id of a packed model: `hub_model_id` (default: name of the output folder), and which model it is."""
-    return f"{training.hub_model_id or Path(training.output_dir).name}-{name}"
+    return f"{training.hub_model_id or Path(str(training.output_dir)).name}-{name}"
 
 
 def push_all(training: R2TrainingArguments, folders: dict[str, Path]) -> None:
@@ -302,7 +311,7 @@ def print_results(rows: list[dict[str, Any]], folders: dict[str, Path]) -> None:
     print(f"\n{common.table(rows)}\n")
     if not folders:
         return
-    name, folder = next(iter(folders.items()))
+    folder = next(iter(folders.values()))
     out = folder.parent
     print(f"In {out}: metrics.json, accuracy.png, ranges.png, and {len(folders)} packed models, each with its card.")
     print("Each was loaded again from its folder and gave the same logits. To use one, type in Python:\n")

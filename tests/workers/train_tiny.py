@@ -1,0 +1,65 @@
+"""Trains a tiny BERT classifier in a process of its own and saves weights and alphas: train_tiny.py OUT [options].
+
+Options as JSON in the second argument; `kill_after_step` sends SIGKILL to this very process at the end of that step,
+`unused` gives the model a regularised linear layer that its forward pass never uses.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from safetensors.torch import save_file
+from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
+
+from hf_r2 import R2Trainer, R2TrainingArguments
+
+
+class Kill(TrainerCallback):
+    """Ends the process the hard way."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tiny_bert(dropout=0.0):
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, max_position_embeddings=16,
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+def tiny_pairs(size=32):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 50, (size, 6), generator=generator).tolist()
+    return Dataset.from_list([{"input_ids": i, "labels": sum(i) % 2} for i in ids])
+
+
+def main(out: str, options: dict):
+    kill, unused, resume = options.pop("kill_after_step", None), options.pop("unused", False), options.pop("resume", None)
+    model = tiny_bert(options.pop("dropout", 0.0))
+    if unused:
+        model.spare = torch.nn.Linear(16, 16)
+    defaults = {
+        "output_dir": out, "report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no",
+        "learning_rate": 1e-2, "logging_steps": 1, "max_steps": 3, "per_device_train_batch_size": 4,
+    }  # fmt: skip
+    args = R2TrainingArguments(**{**defaults, **options})
+    trainer = R2Trainer(model=model, args=args, train_dataset=tiny_pairs(), callbacks=[Kill(kill)] if kill else [])
+    trainer.train(resume_from_checkpoint=resume)
+    if trainer.is_world_process_zero():
+        state = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
+        save_file({**state, "alphas": trainer.range_loss.scalars.detach().clone()}, Path(out) / "result.safetensors")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]) if len(sys.argv) > 2 else {})
