@@ -47,7 +47,7 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 GENERATED_DEFAULTS: dict[str, Any] = {
     **DEFAULTS, "output_dir": "runs/demo", "per_device_train_batch_size": 64, "learning_rate": 2e-3,
-    "num_train_epochs": 5, "dkm_steps": 60, "dkm_learning_rate": 1e-3, "max_length": 32,
+    "num_train_epochs": 6, "dkm_steps": 100, "dkm_learning_rate": 1e-3, "max_length": 32,
 }  # fmt: skip
 
 
@@ -175,7 +175,7 @@ def load_model(args: QnliArguments) -> tuple[PreTrainedModel, PreTrainedTokenize
     except OSError as error:
         raise SystemExit(
             f"cannot load {name!r} from a folder, the hub or its cache: {str(error).splitlines()[0]}. Give a local "
-            "folder with --model_name_or_path, and local data with --train_file and --validation_file; or try --generated"
+            "folder with --model_name_or_path, and local data with --train_file and --validation_file; or --generated"
         ) from error
     if tokenizer.pad_token is None:
         raise SystemExit(f"the tokenizer of {name!r} has no pad token, which batches need: set one and save it there")
@@ -224,7 +224,7 @@ def make_packed(
     train: Dataset,
     collator: DataCollatorWithPadding,
 ) -> PreTrainedModel:
-    """A packed copy of `model`; clustering is trained for `dkm_steps` steps before it is packed."""
+    """A packed copy of `model`; clustering trains for `dkm_steps` steps, with the same range loss, before packing."""
     if config.method != "dkm" or args.dkm_steps == 0:
         return quantize(model, config)
     options = copy.copy(training)

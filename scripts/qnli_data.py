@@ -57,7 +57,7 @@ def _read(file: str) -> Dataset:
     try:
         return load_dataset(reader, data_files=file, split="train", **options)
     except Exception as error:  # the readers raise errors of a dozen libraries; the cause is what tells
-        raise SystemExit(f"{file}: cannot be read as {reader}: {error.__cause__ or error}") from error
+        raise SystemExit(f"{file}: cannot be read as {reader}, or holds no row: {error.__cause__ or error}") from error
 
 
 def checked(data: Dataset, source: str) -> Dataset:
@@ -91,10 +91,11 @@ def tokenized(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         encoded = dict(tokenizer(rows["question"], rows["sentence"], truncation=True, max_length=max_length))
-        return {**encoded, "labels": rows["label"], "length": [len(ids) for ids in encoded["input_ids"]]}
+        return {**encoded, "labels": rows["label"]}
 
     data = data.map(encode, batched=True, remove_columns=data.column_names, desc="Tokenizing")
-    return (data.sort("length") if by_length else data).remove_columns("length")
+    lengths = [len(ids) for ids in data["input_ids"]]
+    return data.select(sorted(range(len(data)), key=lengths.__getitem__)) if by_length else data
 
 
 NAMES = "anna boris clara daniel elena felix greta henry irina jonas karin leo maria nils olga peter".split()

@@ -30,7 +30,9 @@ C = torch.tensor([[-1.0], [1]], dtype=torch.float64)
 def test_golden_centroids(tau, iterations, centroid):
     _, centroids = soft_cluster(W, C, tau, iterations, 0.0)
     tolerance = 1e-9 if tau < 9 else 1e-5 if tau < 10 else 1e-3
-    torch.testing.assert_close(centroids, torch.tensor([[-centroid], [centroid]], dtype=torch.float64), rtol=0, atol=tolerance)
+    torch.testing.assert_close(
+        centroids, torch.tensor([[-centroid], [centroid]], dtype=torch.float64), rtol=0, atol=tolerance
+    )
 
 
 def test_golden_soft_weights():

@@ -133,7 +133,9 @@ def test_margin_golden_and_minimum():
 def test_vectors_of_dim_sum_their_coordinates():
     # output channels along axis 0: [2, 3] transposed is [[0, 5], [1, -1], [2, 8]], pairs (0,5) (1,-1) (2,8)
     w = double([[0.0, 1.0, 2.0], [5.0, -1.0, 8.0]])
-    expected = slow(double([0.0, 1.0, 2.0]), double(0.3)) + slow(double([5.0, -1.0, 8.0]), double(0.3)) - math.exp(-0.3)
+    expected = (
+        slow(double([0.0, 1.0, 2.0]), double(0.3)) + slow(double([5.0, -1.0, 8.0]), double(0.3)) - math.exp(-0.3)
+    )
     assert soft_min_max(w, 0.3, dim=2).item() == pytest.approx(expected.item(), abs=1e-12)
     rest = torch.cat([w.detach(), double([[7.0, 7.0, 7.0]], False)])  # 9 weights: the ninth is left out
     assert torch.isfinite(soft_min_max(rest, 0.3, dim=2))

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, MarianConfig, MarianMTModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MarianConfig,
+    MarianMTModel,
+)
 
 from hf_r2 import R2QuantConfig, RangeLoss, prepare, soft_min_max
 from hf_r2.layers import following_batch_norms, folded_weight, weight_layers
@@ -40,7 +47,9 @@ def test_only_the_scalars_are_its_parameters(kind, start):
 
 
 def test_weights_of_transformers_are_found_once():
-    bert = BertForSequenceClassification(BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
+    bert = BertForSequenceClassification(
+        BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    )
     assert len(RangeLoss(bert).names) == 3 + 6 + 1 + 1  # tables, one block, pooler, classifier
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8))
     assert len(RangeLoss(gpt2).names) == 2 + 4  # wte (tied to the head), wpe, four Conv1D
@@ -126,7 +135,9 @@ def test_size_aware_pull_does_not_vanish_with_size_or_scale():
     for numel in (10**2, 10**3, 10**4, 10**5, 10**6):
         assert pull_on_outlier(numel, units="std") > 0.8
     for scale in (1e-3, 1e3):
-        assert pull_on_outlier(10**4, scale, units="std") == pytest.approx(pull_on_outlier(10**4, units="std"), rel=1e-9)
+        assert pull_on_outlier(10**4, scale, units="std") == pytest.approx(
+            pull_on_outlier(10**4, units="std"), rel=1e-9
+        )
 
 
 def test_the_paper_s_pull_falls_like_one_over_n():
@@ -202,7 +213,15 @@ def test_summary_of_known_weights():
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[-1.0, 1.0], [-1.0, 1.0]]))
     (row,) = RangeLoss(model, alpha=0.2).summary()
-    assert row == {"name": "", "numel": 4, "range": 2.0, "std": 1.0, "range_over_std": 2.0, "kurtosis": 1.0, "alpha": pytest.approx(0.2)}
+    assert row == {
+        "name": "",
+        "numel": 4,
+        "range": 2.0,
+        "std": 1.0,
+        "range_over_std": 2.0,
+        "kurtosis": 1.0,
+        "alpha": pytest.approx(0.2),
+    }
     assert RangeLoss(model, "margin").summary()[0]["margin"] == 1.0
     assert RangeLoss(model).mean_range_over_std().item() == 2.0
 

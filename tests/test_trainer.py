@@ -51,7 +51,11 @@ def arguments(tmp_path, cls=R2TrainingArguments, **options):
 
 def tiny_gpt2():
     torch.manual_seed(1)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=8, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=8, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        )
+    )
 
 
 def tiny_marian():
@@ -103,13 +107,17 @@ def test_weights_and_alphas_do_not_depend_on_the_accumulation(tmp_path, kind):
     first = reference.state.log_history[0]
     # 1e-8 for one step in another order of summation; a loss off by the number of micro-batches would give 1e-2
     for batch, steps in ((4, 2), (1, 8)):
-        other = run(tmp_path, kind, range_weight=0.5, per_device_train_batch_size=batch, gradient_accumulation_steps=steps)
+        other = run(
+            tmp_path, kind, range_weight=0.5, per_device_train_batch_size=batch, gradient_accumulation_steps=steps
+        )
         for name, value in reference.model.state_dict().items():
             torch.testing.assert_close(other.model.state_dict()[name], value, rtol=0, atol=1e-6, msg=name)
         torch.testing.assert_close(other.range_loss.scalars, reference.range_loss.scalars, rtol=0, atol=1e-7)
         for key in ("task_loss", "range_loss", "loss"):
             assert float(other.state.log_history[0][key]) == pytest.approx(float(first[key]), rel=1e-4)
-    assert float(first["loss"]) == pytest.approx(float(first["task_loss"]) + 0.5 * float(first["range_loss"]), rel=1e-4)
+    assert float(first["loss"]) == pytest.approx(
+        float(first["task_loss"]) + 0.5 * float(first["range_loss"]), rel=1e-4
+    )
 
 
 def test_one_step_is_the_gradient_of_task_plus_weighted_range_loss(tmp_path):
@@ -154,7 +162,9 @@ def test_evaluation_sees_the_task_loss_alone(tmp_path):
 def test_alpha_moves_under_adamw_and_is_not_decayed(tmp_path):
     trainer = run(tmp_path, optim="adamw_torch", learning_rate=5e-5, weight_decay=0.1, max_steps=10)
     assert (trainer.range_loss.scalars - 0.1 > 0.05).all()
-    group = next(g for g in trainer.optimizer.param_groups if any(p is trainer.range_loss.scalars for p in g["params"]))
+    group = next(
+        g for g in trainer.optimizer.param_groups if any(p is trainer.range_loss.scalars for p in g["params"])
+    )
     assert group["weight_decay"] == 0
     assert group["lr"] == 0.01
     assert not any(p is trainer.range_loss.scalars for g in trainer.optimizer.param_groups[:-1] for p in g["params"])
@@ -173,7 +183,9 @@ def test_batch_norms_and_quantizers_are_not_decayed(tmp_path):
 def test_user_s_own_optimizer_gets_the_scalars(tmp_path):
     model = tiny_bert()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = R2Trainer(model=model, args=arguments(tmp_path), train_dataset=tiny_pairs(), optimizers=(optimizer, None))
+    trainer = R2Trainer(
+        model=model, args=arguments(tmp_path), train_dataset=tiny_pairs(), optimizers=(optimizer, None)
+    )
     trainer.train()
     assert (trainer.range_loss.scalars != 0.1).all()
 
@@ -182,7 +194,7 @@ def test_user_s_own_optimizer_gets_the_scalars(tmp_path):
     "options",
     [
         {"bf16": True},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
         {"torch_compile": True, "torch_compile_backend": "eager"},
     ],
     ids=["bf16", "gradient_checkpointing", "torch_compile"],
@@ -207,7 +219,9 @@ def test_frozen_weights_are_left_alone(tmp_path):
 
 def test_label_smoothing_keeps_its_own_scaling(tmp_path):
     reference = run(tmp_path, "marian", label_smoothing_factor=0.1)
-    other = run(tmp_path, "marian", label_smoothing_factor=0.1, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    other = run(
+        tmp_path, "marian", label_smoothing_factor=0.1, per_device_train_batch_size=2, gradient_accumulation_steps=4
+    )
     for name, value in reference.model.state_dict().items():
         torch.testing.assert_close(other.model.state_dict()[name], value, rtol=0, atol=1e-6, msg=name)
 
@@ -219,7 +233,17 @@ def test_seq2seq_trainer(tmp_path, args_class):
 
 
 def test_arguments_from_the_command_line(tmp_path):
-    line = ["--output_dir", str(tmp_path), "--range_loss", "margin", "--range_weight", "0.5", "--range_skip", "a*", "b"]
+    line = [
+        "--output_dir",
+        str(tmp_path),
+        "--range_loss",
+        "margin",
+        "--range_weight",
+        "0.5",
+        "--range_skip",
+        "a*",
+        "b",
+    ]
     (args,) = HfArgumentParser(R2TrainingArguments).parse_args_into_dataclasses(line)
     assert (args.range_loss, args.range_weight, args.range_skip) == ("margin", 0.5, ["a*", "b"])
     assert args.range_trainable is None
@@ -238,7 +262,9 @@ def test_strength_must_make_sense(tmp_path, weight):
 )  # fmt: skip
 def test_every_option_changes_the_result(tmp_path, option, value):
     plain, other = run(tmp_path, learning_rate=0.1), run(tmp_path, learning_rate=0.1, **{option: value})
-    same_weights = all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), other.model.parameters(), strict=True))
+    same_weights = all(
+        torch.equal(a, b) for a, b in zip(plain.model.parameters(), other.model.parameters(), strict=True)
+    )
     same_scalars = torch.equal(plain.range_loss.scalars, other.range_loss.scalars)
     assert not (same_weights and same_scalars)
 
@@ -277,7 +303,11 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
 
 def test_resuming_with_other_settings_is_refused(tmp_path):
     model = tiny_bert()
-    R2Trainer(model=model, args=arguments(tmp_path, range_loss="none", save_strategy="steps", save_steps=3), train_dataset=tiny_pairs()).train()
+    R2Trainer(
+        model=model,
+        args=arguments(tmp_path, range_loss="none", save_strategy="steps", save_steps=3),
+        train_dataset=tiny_pairs(),
+    ).train()
     trainer = R2Trainer(model=tiny_bert(), args=arguments(tmp_path, max_steps=6), train_dataset=tiny_pairs())
     with pytest.raises(ValueError, match="it was written without a range loss"):
         trainer.train(resume_from_checkpoint=True)

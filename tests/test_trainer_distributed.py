@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[1]
 def train(out, processes, **options):
     out.mkdir()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    )
     options = {"optim": "sgd", "max_grad_norm": 0, "lr_scheduler_type": "constant", "range_weight": 0.5, **options}
     line = [sys.executable, *launcher, "-m", "tests.workers.train_tiny", str(out), json.dumps(options)]
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
