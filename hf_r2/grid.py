@@ -66,7 +66,9 @@ def observed_range(w: Tensor, grid: Grid, axis: int | None) -> tuple[Tensor, Ten
 
 
 def scale_and_zero_point(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Scale (> 0, but for all-zero weights at 1 bit symmetric) and zero point (a code) of the grid that covers [low, high] and holds zero exactly.
+    """Scale (> 0; 0 for all-zero weights at 1 bit symmetric) and zero point (a code) of the grid that covers [low, high].
+
+    From 2 bits on it holds zero exactly.
 
     Symmetric: scale = max(|low|, |high|) / (2**(bits-1) - 1). Asymmetric: the range is extended to hold 0, then
     scale = (high - low) / (2**bits - 1), zero_point = round(-low / scale) (ALGORITHMS section 0.2, as in QDrop).

@@ -17,13 +17,14 @@ KEY = "hf_r2"
 
 def checksums(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
     """Header metadata that holds the CRC-32 of every tensor; by content, for transformers may rename keys as it saves."""
-    sums = {f"{_crc(t):08x}" for t in state_dict.values() if isinstance(t, Tensor) and not t.is_meta}
+    sums = {f"{checksum(t)}" for t in state_dict.values() if isinstance(t, Tensor) and not t.is_meta}
     return {KEY: json.dumps({"crc32": sorted(sums)})}
 
 
-def _crc(tensor: Tensor) -> int:
+def checksum(tensor: Tensor) -> str:
+    """CRC-32 of a tensor's bytes, eight hexadecimal digits."""
     flat = tensor.detach().cpu().contiguous().flatten()
-    return zlib.crc32(flat.view(torch.uint8).numpy()) if flat.numel() else 0
+    return f"{zlib.crc32(memoryview(flat.view(torch.uint8).numpy())) if flat.numel() else 0:08x}"
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], int]:
@@ -52,13 +53,14 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def verify(files: Iterable[str | Path]) -> dict[str, list[int]]:
-    """Shapes of all tensors in these safetensors files, after checking every byte that has a checksum.
+def verify(files: Iterable[str | Path]) -> tuple[dict[str, list[int]], set[str]]:
+    """Shapes of all tensors in these safetensors files and their checksums, after checking every byte that has one.
 
     Raises ValueError that names the file and the tensor for damage. Files without our checksums are only checked for
     their length.
     """
     shapes: dict[str, list[int]] = {}
+    sums: set[str] = set()
     for file in map(Path, files):
         header, begin = read_header(file)
         metadata = header.pop("__metadata__", None) or {}
@@ -66,6 +68,7 @@ def verify(files: Iterable[str | Path]) -> dict[str, list[int]]:
             known = set(json.loads(metadata[KEY])["crc32"]) if KEY in metadata else None
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is damaged: its checksums cannot be read") from error
+        sums |= known or set()
         with file.open("rb") as stream:
             for name, entry in header.items():
                 shapes[name] = entry["shape"]
@@ -75,4 +78,4 @@ def verify(files: Iterable[str | Path]) -> dict[str, list[int]]:
                     raise ValueError(
                         f"{file} is damaged: the bytes of {name!r} changed; fetch or save the checkpoint again"
                     )
-    return shapes
+    return shapes, sums

@@ -217,8 +217,9 @@ class RangeLoss(nn.Module):
             fourth = float(((w - w.mean()) ** 4).mean()) if w.numel() else 0.0
             row: dict[str, Any] = {"name": layer.name, "numel": w.numel(), "range": width, "std": std}
             row |= {"range_over_std": width / std if std else 0.0, "kurtosis": fourth / std**4 if std else 0.0}
-            if RANGE_LOSSES[self.kind].scalar is not None:
-                row[RANGE_LOSSES[self.kind].scalar] = scalar
+            learned = RANGE_LOSSES[self.kind].scalar
+            if learned is not None:
+                row[learned] = scalar
             rows.append(row)
         return rows
 

@@ -28,7 +28,7 @@ def soft_ranges(weights: Sequence[Tensor], alphas: Tensor) -> Tensor:
 
 class _SoftRanges(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, alphas: Tensor, *weights: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(ctx, alphas: Tensor, *weights: Tensor) -> Tensor:
         dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
         result = torch.zeros(len(weights), dtype=dtype, device=alphas.device)
         slopes = torch.zeros_like(result)  # d/d alpha
@@ -51,7 +51,7 @@ class _SoftRanges(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
+    def backward(ctx, grad: Tensor):
         slopes, *held = ctx.buffers
         if ctx.spent:
             raise RuntimeError("the range loss keeps its gradient for one backward pass; call it again for another")
@@ -91,7 +91,9 @@ def _batches(weights: Sequence[Tensor]) -> list[list[int]]:
 def _small(w: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Range, its slope in alpha, and its gradient for stacked weights [B, n], all in cache."""
     a = alpha[:, None]
-    low, high = w.aminmax(dim=1, keepdim=True)  # subtracted before the product: alpha w would be rounded at its full size
+    low, high = w.aminmax(
+        dim=1, keepdim=True
+    )  # subtracted before the product: alpha w would be rounded at its full size
     up = torch.softmax(a * (w - high), dim=1)
     down = torch.softmax(a * (low - w), dim=1)
     s_max, s_min = (up * w).sum(1, keepdim=True), (down * w).sum(1, keepdim=True)

@@ -80,4 +80,5 @@ def _policy(first: dict[str, Any], last: dict[str, Any], rows: list[dict[str, An
     usual = max({r["bits"] for r in rows}, key=[r["bits"] for r in rows].count)
     if first["bits"] == usual and last["bits"] == usual:
         return f"first and last layers at {usual} bits, like the rest"
-    return f"first layer ({first['name']}) at {first['bits']} bits, last ({last['name']}) at {last['bits']}, the rest at {usual}"
+    ends = f"first layer ({first['name']}) at {first['bits']} bits, last ({last['name']}) at {last['bits']}"
+    return f"{ends}, the rest at {usual}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,10 +21,13 @@ from hf_r2.training_args import NO_LOSS, R2Arguments
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "range_loss.safetensors"
+# What the mixin stands before: either Trainer class; a type checker is told of the first.
+AnyTrainer = Trainer if TYPE_CHECKING else object
+
 QUANTIZER_PARTS = ("weight_encoder", "input_quantizer")
 
 
-class R2TrainerMixin:
+class R2TrainerMixin(AnyTrainer):
     """What `R2Trainer` adds to a Trainer class; all options come from `args`, so that constructors stay as they are.
 
     The loss trained on is task loss + range_weight x range loss; evaluation sees the task loss alone. The range loss
@@ -63,7 +66,7 @@ class R2TrainerMixin:
             if self.optimizer is not None:
                 self._add_scalars(self.optimizer)
 
-    def _add_scalars(self, optimizer: torch.optim.Optimizer) -> None:
+    def _add_scalars(self, optimizer: Any) -> None:
         """The learnable scalars as a group of their own: another learning rate, no decay."""
         if self.range_loss is not None and self.range_loss.trainable:
             self.range_loss.to(self.args.device)
@@ -157,7 +160,7 @@ class R2TrainerMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As in Trainer; `True` resumes from the last checkpoint that was written to its end."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.range_loss is not None and self.range_loss.trainable:
             self.range_loss.project_()
@@ -233,7 +236,7 @@ def _leaves(loss: Tensor) -> set[int]:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            found.add(id(node.variable))
+            found.add(id(getattr(node, "variable")))  # noqa: B009  # of AccumulateGrad alone
         stack.extend(next_node for next_node, _ in node.next_functions)
     return found
 

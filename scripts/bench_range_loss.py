@@ -32,7 +32,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "mobilebert": lambda: MobileBertForSequenceClassification(MobileBertConfig()),
     "resnet50": lambda: ResNetForImageClassification(ResNetConfig()),
     "transformer-base": lambda: MarianMTModel(
-        MarianConfig(
+        MarianConfig(  # type: ignore[arg-type]
             **{f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in BASE.items()},
             vocab_size=32000,
             d_model=512,

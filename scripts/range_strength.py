@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
 from datasets import Dataset, load_dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification, HfArgumentParser, set_seed
 
+import common
 from hf_r2 import R2QuantConfig, R2Trainer, R2TrainingArguments, RangeLoss, quantize
 from hf_r2.layers import BATCH_NORMS, following_batch_norms
 
@@ -96,7 +96,7 @@ def folded(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).eval()
     names = {id(module): name for name, module in model.named_modules()}
     for conv, norm in following_batch_norms(model).items():
-        model.set_submodule(conv, nn.utils.fuse_conv_bn_eval(model.get_submodule(conv), norm))
+        model.set_submodule(conv, nn.utils.fuse_conv_bn_eval(model.get_submodule(conv), norm))  # type: ignore[arg-type]
         model.set_submodule(names[id(norm)], nn.Identity())
     return model
 

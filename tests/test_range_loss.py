@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from hf_r2 import R2QuantConfig, RangeLoss, prepare, soft_min_max
-from hf_r2.layers import following_batch_norms, folded_weight, weight_layers
+from hf_r2.layers import folded_weight, following_batch_norms, weight_layers
 from hf_r2.losses import LOWEST_ALPHA, size_aware_alpha
 
 

@@ -335,8 +335,8 @@ def test_split_weights_are_refused(tmp_path):
     class Fake:
         is_fsdp_enabled = False
 
-        class accelerator:  # noqa: N801
-            class state:  # noqa: N801
+        class accelerator:
+            class state:
                 deepspeed_plugin = Stage3()
 
     with pytest.raises(ValueError, match="ZeRO-3"):

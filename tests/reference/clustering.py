@@ -1,6 +1,6 @@
 """Slow clustering: dense attention, every iteration left to autograd; optimal scalar k-means by trying every cut."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import torch
 
@@ -20,6 +20,6 @@ def optimal_kmeans_error(values, k):
     best = float("inf")
     for cuts in combinations(range(1, len(values)), k - 1):
         edges = [0, *cuts, len(values)]
-        parts = [values[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+        parts = [values[a:b] for a, b in pairwise(edges)]
         best = min(best, sum((v - sum(p) / len(p)) ** 2 for p in parts for v in p))
     return best

@@ -45,7 +45,11 @@ def tiny_pairs(size=32):
 
 
 def main(out: str, options: dict):
-    kill, unused, resume = options.pop("kill_after_step", None), options.pop("unused", False), options.pop("resume", None)
+    kill, unused, resume = (
+        options.pop("kill_after_step", None),
+        options.pop("unused", False),
+        options.pop("resume", None),
+    )
     model = tiny_bert(options.pop("dropout", 0.0))
     if unused:
         model.spare = torch.nn.Linear(16, 16)
