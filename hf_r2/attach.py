@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_r2.dressed import EncodedWeight, dress, is_prepared, undress
+from hf_r2.dressed import ENCODER, EncodedWeight, dress, is_prepared, undress
 from hf_r2.encoders import ENCODERS, Affine, Encoded
 from hf_r2.encoders.activations import InputQuantizer
 from hf_r2.layers import WeightLayer, is_table, weight_layers
@@ -19,10 +19,11 @@ logger = logging.getLogger(__name__)
 SpecFor = Callable[[str], LayerSpec | None]
 
 
-def attach_(model: nn.Module, spec_for: SpecFor) -> list[str]:
+def attach_(model: nn.Module, spec_for: SpecFor) -> dict[str, str]:
     """Gives every layer that `spec_for` (by name) has a spec for a weight encoder and, if asked, an input quantizer.
 
-    Layers that share a weight share one encoder. Returns the names of the layers, tied ones included.
+    Layers that share a weight share one encoder, which is registered in the first of them. Returns {layer: the layer
+    that owns its encoder}, tied ones included.
 
     Raises ValueError for a model that is prepared already, for one without any layer to quantize, for tied layers with
     different specs, and for NaN or infinity in a weight (the layer is named).
@@ -30,35 +31,56 @@ def attach_(model: nn.Module, spec_for: SpecFor) -> list[str]:
     layers = weight_layers(model, tied=True)
     if any(is_prepared(layer.module) for layer in layers):
         raise ValueError("the model is prepared already: convert it, or start again from the float model")
-    chosen = [(layer, spec_for(layer.name)) for layer in layers]
-    chosen = [(layer, spec) for layer, spec in chosen if spec is not None]
-    if not chosen:
+    specs = {layer.name: spec for layer in layers if (spec := spec_for(layer.name)) is not None}
+    if not specs:
         raise ValueError(f"nothing to quantize: the model has {len(layers)} float weight layers, and none is selected")
-    groups: dict[int, tuple[WeightLayer, LayerSpec, nn.Module]] = {}
-    for layer, spec in chosen:
-        first = groups.get(id(layer.weight))
-        if first is not None and first[1] != spec:
-            raise ValueError(f"{first[0].name!r} and {layer.name!r} share one weight but have different settings")
-        if first is None:
+    owners: dict[str, str] = {}
+    for group in _groups(layers):
+        chosen = [layer for layer in group if layer.name in specs]
+        if chosen and len(chosen) < len(group):
+            raise ValueError(f"{', '.join(layer.name for layer in group)} share one weight: skip all of them, or none")
+        if any(specs[layer.name] != specs[group[0].name] for layer in chosen):
+            raise ValueError(f"{', '.join(layer.name for layer in group)} share one weight but have different settings")
+        owners |= {layer.name: group[0].name for layer in chosen}
+    attach_shared_(model, specs, owners)
+    for name in owners:
+        dress(model.get_submodule(name), EncodedWeight)
+    return owners
+
+
+def attach_shared_(model: nn.Module, specs: Mapping[str, LayerSpec], owners: Mapping[str, str]) -> None:
+    """Registers encoders and input quantizers, in place; the layers still show their bare parameter.
+
+    `owners` says which layers share an encoder: while transformers loads a checkpoint, ties are not there to be seen.
+    """
+    layers = {layer.name: layer for layer in weight_layers(model, tied=True)}
+    for name, owner in sorted(owners.items(), key=lambda pair: pair[0] != pair[1]):  # owners first
+        layer, spec = layers[name], specs[name]
+        if name == owner:
             _check_finite(layer)
             build = ENCODERS[spec.method].build if spec.method in ENCODERS else Affine
-            groups[id(layer.weight)] = (layer, spec, build(layer.weight, spec, layer.channel_axis))
-    with_all = {id(layer.weight) for layer in layers if spec_for(layer.name) is None} & set(groups)
-    if with_all:
-        names = [layer.name for layer in layers if id(layer.weight) in with_all]
-        raise ValueError(f"{', '.join(names)} share one weight: skip all of them, or none")
-    for layer, spec in chosen:
-        owner, _, encoder = groups[id(layer.weight)]
-        if owner is layer:
-            layer.module.add_module("weight_encoder", encoder)
+            encoder = build(layer.weight, spec, layer.channel_axis)
+            encoder.train(layer.module.training)
+            layer.module.add_module("weight_encoder", encoder.to(layer.weight.device))
         # Tied layers see the owner's encoder without registering it again: its state is in the state dict once.
-        object.__setattr__(layer.module, "weight_encoder_of_group", encoder)
+        object.__setattr__(layer.module, ENCODER, model.get_submodule(owner).weight_encoder)
         if spec.act_bits is not None and not is_table(layer.module):
             layer.module.add_module("input_quantizer", InputQuantizer(spec.act_bits, spec.act_range))
-        encoder.train(layer.module.training)
-        encoder.to(layer.weight.device)
-        dress(layer.module, EncodedWeight)
-    return [layer.name for layer, _ in chosen]
+
+
+def _groups(layers: list[WeightLayer]) -> list[list[WeightLayer]]:
+    """The layers, those that share a weight together."""
+    groups: dict[int, list[WeightLayer]] = {}
+    for layer in layers:
+        groups.setdefault(id(layer.weight), []).append(layer)
+    return list(groups.values())
+
+
+def show_encoded_(model: nn.Module) -> None:
+    """Lets the layers of a model after `attach_shared_` compute with their encoded weight, in place."""
+    for module in model.modules():
+        if ENCODER in module.__dict__ and not is_prepared(module):
+            dress(module, EncodedWeight)
 
 
 def _check_finite(layer: WeightLayer) -> None:
@@ -74,7 +96,7 @@ def prepared_layers(model: nn.Module) -> list[WeightLayer]:
 
 def encoder_of(layer: WeightLayer) -> nn.Module:
     """The weight encoder in front of a prepared layer."""
-    return layer.module.__dict__["weight_encoder_of_group"]
+    return layer.module.__dict__[ENCODER]
 
 
 @torch.no_grad()
@@ -94,7 +116,7 @@ def detach_(module: nn.Module) -> None:
     """Takes the encoder off a prepared layer, in place; its float weight stays."""
     undress(module)
     module._modules.pop("weight_encoder", None)
-    module.__dict__.pop("weight_encoder_of_group", None)
+    module.__dict__.pop(ENCODER, None)
 
 
 def static_quantizers(model: nn.Module) -> dict[str, InputQuantizer]:

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from hf_r2.attach import attach_
+from hf_r2.attach import attach_shared_, show_encoded_
 from hf_r2.encoders.activations import InputQuantizer
 from hf_r2.integrity import checksum, checksums, verify
-from hf_r2.layers import is_table
+from hf_r2.layers import is_table, weight_layers
 from hf_r2.packed_layers import Layout, build_packed_, packed_layers, unpack_weights_
 from hf_r2.quant_config import R2QuantConfig
 from hf_r2.road import dequantize_, quantize_, relative_name
@@ -49,7 +49,7 @@ class R2HfQuantizer(HfQuantizer):
             return
         shapes, self._sums = verify(checkpoint_files or [])
         if self.quantization_config.stage == "prepared":
-            attach_(model, _prepared_specs(model, self.quantization_config))
+            _attach_prepared_(model, self.quantization_config)
             return
         pairs = tied_pairs(model)
         for name, layout in _layouts(model, self.quantization_config, shapes).items():
@@ -67,6 +67,7 @@ class R2HfQuantizer(HfQuantizer):
             _check_loaded(model, self._sums)
             finish_packed_(model, self.quantization_config)
         elif stage == "prepared":  # trained further as a float model: hf_quantizer would keep Trainer from saving it
+            show_encoded_(model)
             self.remove_quantization_config(model)
             model.config.quantization_config = self.quantization_config
         else:
@@ -77,8 +78,8 @@ class R2HfQuantizer(HfQuantizer):
         state_dict = model.state_dict()
         return state_dict, checksums(state_dict)
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        dequantize_(model, dtype)
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        dequantize_(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)  # config.json holds its name
         model.__dict__.pop("save_pretrained", None)
         return model
 
@@ -102,9 +103,16 @@ class R2HfQuantizer(HfQuantizer):
         return True
 
 
-def _prepared_specs(model: nn.Module, config: R2QuantConfig):
-    names = set(config.layers)
-    return lambda name: config.spec_for(name) if relative_name(model, name) in names else None
+def _attach_prepared_(model: nn.Module, config: R2QuantConfig) -> None:
+    here = {relative_name(model, layer.name): layer.name for layer in weight_layers(model, tied=True)}
+    owners: dict[str, str] = {}
+    for name, fields in config.layers.items():
+        if name in here:  # layers of a head that this model lacks are left out
+            owners[here[name]] = here.get(fields.get("encoder_of", name), here[name])
+    specs = {name: spec for name in owners if (spec := config.spec_for(name)) is not None}
+    if set(specs) != set(owners):
+        raise ValueError(f"config.json skips layers that it lists as prepared: {', '.join(set(owners) - set(specs))}")
+    attach_shared_(model, specs, owners)
 
 
 def _layouts(model: nn.Module, config: R2QuantConfig, shapes: Mapping[str, Any]) -> dict[str, Layout]:

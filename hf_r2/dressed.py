@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+ENCODER = "weight_encoder_of_group"  # attribute that leads a layer to the encoder it shares with those tied to it
 _CLASSES: dict[tuple[type, type], type] = {}
 
 
@@ -29,11 +30,7 @@ class EncodedWeight(QuantizedInput):
     @property
     def weight(self) -> Tensor:
         """The encoded weight, differentiable in the float parameter."""
-        return self.__dict__["weight_encoder_of_group"](self.__dict__["_parameters"]["weight"])
-
-
-class InputOnly(QuantizedInput):
-    """A layer whose weight stays as it is and whose input alone is quantized."""
+        return self.__dict__[ENCODER](self.__dict__["_parameters"]["weight"])
 
 
 def dress(module: nn.Module, mixin: type) -> None:

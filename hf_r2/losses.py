@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_r2.layers import WeightLayer, folded_weight, following_batch_norms, weight_layers
-from hf_r2.range_kernel import soft_ranges
+from hf_r2.range_kernel import center_and_spread, excesses, magnitudes, soft_ranges
 
 LOWEST_ALPHA = 1e-3  # a trainable alpha is projected back to this: a negative one would reward a wider range
 UNITS = ("absolute", "std")
@@ -25,20 +25,23 @@ def _wide(w: Tensor) -> Tensor:
 def l_inf(w: Tensor) -> Tensor:
     """Largest magnitude in `w` (any shape), scalar, in the units of `w` (R2, L-inf form; ALGORITHMS 1.2).
 
-    Its gradient is the sign of that one weight. Empty weights give 0.
+    Its gradient is the sign of that one weight (equal ones share it, as in `torch.amax`). Empty weights give 0.
     """
-    w = _wide(w)
-    return w.abs().amax() if w.numel() else w.sum()
+    return magnitudes([w])[0]
 
 
 def margin(w: Tensor, m: Tensor | float) -> Tensor:
     """|m| + sum of what sticks out of [-|m|, |m|], scalar, in the units of `w` (R2, margin form; ALGORITHMS 1.3).
 
-    `w` any shape, `m` a scalar (its sign does not matter). Minimised over m it is `l_inf(w)`.
+    dL/dw = sign(w) where |w| > |m|, dL/d|m| = 1 - the number of those. `w` any shape, `m` a scalar (its sign does not
+    matter). Minimised over m it is `l_inf(w)`.
     """
-    w = _wide(w)
-    size = torch.as_tensor(m, dtype=w.dtype, device=w.device).abs()
-    return size + (w.abs() - size).clamp(min=0).sum()
+    return excesses([w], _size(torch.as_tensor(m, dtype=_wide(w).dtype, device=w.device)).view(1))[0]
+
+
+def _size(m: Tensor) -> Tensor:
+    """|m|, with slope 1 at 0, where that of `torch.abs` is 0 and would hold a margin there for ever."""
+    return torch.where(m < 0, -m, m)
 
 
 def soft_min_max(w: Tensor, alpha: Tensor | float, dim: int = 1) -> Tensor:
@@ -49,12 +52,15 @@ def soft_min_max(w: Tensor, alpha: Tensor | float, dim: int = 1) -> Tensor:
     dL/dw = p (1 + alpha (w - s_max)) - q (1 - alpha (w - s_min)) with p and q the two softmaxes;
     dL/dalpha = Var_p(w) + Var_q(w) - exp(-alpha). `w` has any shape; `alpha` > 0 is a scalar in 1 / units of `w`: the
     larger, the closer to max - min. `dim=d` takes `w` as vectors of length d along the output channels (the last
-    `numel mod d` weights left out, as vector clustering does) and sums the widths of their d coordinates.
+    `numel mod d` weights left out, as vector clustering does) and sums the widths of their d coordinates. NaN or Inf in
+    `w` gives NaN.
 
-    Raises ValueError for an alpha that is not positive (it would reward a wider range), or dim < 1.
+    Raises ValueError for an alpha that is not positive (it would reward a wider range; a tensor elsewhere than on a CPU
+    is not looked at, as that would wait for the device), or dim < 1.
     """
-    if not isinstance(alpha, Tensor) and not (alpha > 0 and math.isfinite(alpha)):
-        raise ValueError(f"alpha must be a positive number, got {alpha}")
+    known = alpha.item() if isinstance(alpha, Tensor) and alpha.device.type == "cpu" else alpha
+    if not isinstance(known, Tensor) and not 0 < known < math.inf:
+        raise ValueError(f"alpha must be a positive number, got {known}")
     if dim < 1:
         raise ValueError(f"dim must be at least 1, got {dim}")
     a = torch.as_tensor(alpha, dtype=_wide(w).dtype, device=w.device)
@@ -89,9 +95,14 @@ RANGE_LOSSES: dict[str, RangeLossRow] = {
 def size_aware_alpha(numel: int) -> float:
     """sqrt(2 ln N): the temperature, per standard deviation, at which N Gaussian weights condense on their extremes.
 
-    Below it the softmax spreads over exponentially many weights, and the pull on one of them vanishes like
-    exp(alpha x) / (N exp(alpha^2 / 2)); at it, a weight as far out as the largest of N Gaussian ones (x = sqrt(2 ln N))
-    has exp(alpha x) / (N exp(alpha^2 / 2)) = 1, whatever N.
+    The exponentials of a standard Gaussian bulk sum to N exp(alpha^2 / 2) on average. A weight x standard deviations out
+    therefore has the share p = 1 / (1 + N exp(alpha^2 / 2 - alpha x)) of the softmax, and as s_max <= x where it is the
+    largest, its pull p (1 + alpha (x - s_max)) is at least p. With alpha = 0.1 that is about exp(x / 10) / N: it vanishes
+    with N. With alpha_N = sqrt(2 ln N), which is also where the largest of N Gaussian weights lies, an outlier at
+    x = c alpha_N has p = 1 / (1 + N^(2 - 2c)): more than 1/2 for every c > 1, whatever N.
+
+    No pull is larger than 1.25 + ln(N) / 4, for any alpha and any weights: with p = exp(t - H), t = alpha (x - s_max) and
+    H the entropy, t <= (1 - p) ln((N - 1) p / (1 - p)), so -exp(-2) <= p (1 + t) <= 1.1 + ln(N) / 4.
     """
     return max(1.0, math.sqrt(2 * math.log(max(numel, 2))))
 
@@ -100,20 +111,23 @@ class RangeLoss(nn.Module):
     """The range loss of all weights of a model, and the learnable scalars (alpha or margin, one per weight) that go with it.
 
     Args:
-        model: its linear, convolution and embedding weights are restricted (tied ones once, frozen ones not).
+        model: its linear, convolution and embedding weights are restricted (tied ones once, frozen ones not). May be
+            wrapped by torch.compile, DataParallel or DDP.
         kind: "soft_min_max", "margin" or "l_inf".
         alpha: start of alpha. Default 0.1 as in the paper; in units of std `size_aware_alpha` of each weight.
         trainable: whether alpha (margin) learns. Default: yes in absolute units, alpha not in units of std.
         units: "absolute", the paper's form, or "std": the weight over its own, detached, standard deviation. In std
             units the pull on a weight x standard deviations out is
             dL/dw = [p (1 + alpha (x - s_max)) - q (1 - alpha (x - s_min))] / std,
-            which does not vanish with the number of weights (for alpha near sqrt(2 ln N)) nor with their scale, while
-            the paper's form at alpha std << 1 gives 4 alpha (w - mean) / N.
+            which does not vanish with the number of weights (for alpha near sqrt(2 ln N), see `size_aware_alpha`) nor
+            with their scale, while the paper's form at alpha std << 1 gives 4 alpha (w - mean) / N.
         target: "raw", the parameter, or "deployed": with the batch norm behind it folded in (differentiably).
         dim: the weight as vectors of this length (see `soft_min_max`).
         skip: globs of layer names to leave out.
 
     The model's parameters are not registered here: `parameters()` gives the scalars alone, one tensor `scalars` [weights].
+
+    NaN or Inf in a weight makes the loss NaN or Inf. It is computed in one pass over all weights (`hf_r2.range_kernel`).
 
     Raises ValueError for arguments that are not allowed and for a model without any weight to restrict.
     """
@@ -131,6 +145,7 @@ class RangeLoss(nn.Module):
     ):
         super().__init__()
         _check(kind, alpha, trainable, units, target, dim)
+        model = _unwrapped(model)
         layers = [layer for layer in weight_layers(model, skip) if layer.weight.requires_grad]
         if not layers:
             raise ValueError("the range loss found no trainable linear, convolution or embedding weight in the model")
@@ -152,7 +167,7 @@ class RangeLoss(nn.Module):
             return float(weight.abs().max()) if weight.numel() else 0.0
         if alpha is not None:
             return alpha
-        return 0.1 if self.units == "absolute" else size_aware_alpha(layer.weight.numel())
+        return 0.1 if self.units == "absolute" else size_aware_alpha(layer.weight.numel() // self.dim)
 
     @property
     def names(self) -> list[str]:
@@ -164,13 +179,8 @@ class RangeLoss(nn.Module):
         return {layer.name: layer.weight for layer in self._model_refs[0]}
 
     def _target(self, layer: WeightLayer, norm: nn.Module | None) -> Tensor:
-        """The weight that is measured: raw or folded, in absolute units or in those of its own std."""
-        w = layer.weight if norm is None else folded_weight(layer.weight, norm)
-        if self.units == "std" and w.numel() > 1:
-            wide = _wide(w)
-            std = wide.detach().std(correction=0)
-            w = wide / torch.where(std > 0, std, torch.ones_like(std))
-        return w
+        """The weight that is measured, raw or folded, in absolute units."""
+        return layer.weight if norm is None else folded_weight(layer.weight, norm)
 
     def forward(self, only: Collection[str] | None = None) -> Tensor:
         """Sum of the range losses of all weights (of the layers named in `only`, if given), scalar; 0 for none."""
@@ -178,19 +188,26 @@ class RangeLoss(nn.Module):
         chosen = [i for i, layer in enumerate(layers) if only is None or layer.name in only]
         if not chosen:
             return self.scalars.sum() * 0
+        if self.trainable:
+            self.project_()
         weights = [self._target(layers[i], norms[i]) for i in chosen]
         scalars = self.scalars if len(chosen) == len(layers) else self.scalars[chosen]
+        # L(w / std; alpha) = L(w; alpha / std) / std: the weight need not be copied to be measured in its own std.
+        std = torch.stack([_std(w).to(scalars.device) for w in weights]) if self.units == "std" else None
         if self.kind == "l_inf":
-            return torch.stack([l_inf(w) for w in weights]).sum()
-        if self.kind == "margin":
-            return torch.stack([margin(w, m) for w, m in zip(weights, scalars.unbind(), strict=True)]).sum()
-        parts = [part for w in weights for part in coordinates(w, self.dim)]
-        ranges = soft_ranges(parts, scalars.repeat_interleave(self.dim))
-        return ranges.sum() + torch.exp(-scalars).sum()
+            losses = magnitudes(weights)
+        elif self.kind == "margin":
+            losses = excesses(weights, _size(scalars if std is None else scalars * std))
+        else:
+            alphas = scalars if std is None else scalars / std
+            parts = [part for w in weights for part in coordinates(w, self.dim)]
+            losses = soft_ranges(parts, alphas.repeat_interleave(self.dim)).view(-1, self.dim).sum(1)
+        losses = losses if std is None else losses / std
+        return losses.sum() + (torch.exp(-scalars).sum() if self.kind == "soft_min_max" else 0)
 
     @torch.no_grad()
     def project_(self) -> None:
-        """Puts scalars that an optimizer step made negative back to their bound; call it after every step."""
+        """Puts scalars that an optimizer step made negative back to their bound, as every forward pass does first."""
         self.scalars.clamp_(min=0.0 if self.kind == "margin" else LOWEST_ALPHA)
 
     @torch.no_grad()
@@ -198,10 +215,10 @@ class RangeLoss(nn.Module):
         """Mean over the weights of (max - min) / std, scalar; weights with std 0 are left out."""
         ratios = []
         for layer, norm in zip(*self._model_refs, strict=True):
-            w = _wide(layer.weight if norm is None else folded_weight(layer.weight, norm))
+            w = self._target(layer, norm)
             if w.numel() > 1:
                 low, high = w.aminmax()
-                ratios.append((high - low) / w.std(correction=0))
+                ratios.append((_wide(high) - _wide(low)) / center_and_spread(w)[1])
         ratios = torch.stack(ratios) if ratios else torch.zeros(1)
         return ratios[torch.isfinite(ratios)].mean()
 
@@ -211,7 +228,7 @@ class RangeLoss(nn.Module):
         Gaussian), and alpha or margin. Of the folded weight where the target is the deployed one."""
         rows = []
         for layer, norm, scalar in zip(*self._model_refs, self.scalars.tolist(), strict=True):
-            w = _wide(layer.weight if norm is None else folded_weight(layer.weight, norm)).double()
+            w = self._target(layer, norm).double()
             std = float(w.std(correction=0)) if w.numel() else 0.0
             width = float(w.max() - w.min()) if w.numel() else 0.0
             fourth = float(((w - w.mean()) ** 4).mean()) if w.numel() else 0.0
@@ -222,6 +239,23 @@ class RangeLoss(nn.Module):
                 row[learned] = scalar
             rows.append(row)
         return rows
+
+
+def _std(w: Tensor) -> Tensor:
+    """Standard deviation of `w`, detached, scalar; 1 for a constant weight, whose deviation is nothing but rounding."""
+    mean, std = center_and_spread(w)
+    return torch.where(std <= 1e-6 * mean.abs(), torch.ones_like(std), std)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, with its own layer names, out of torch.compile, DataParallel and DDP."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def _check(kind: str, alpha: float | None, trainable: bool | None, units: str, target: str, dim: int) -> None:

@@ -31,9 +31,11 @@ def prepare_(model: nn.Module, config: R2QuantConfig) -> None:
     names = [layer.name for layer in weight_layers(model, tied=True)]
     check_globs(config.skip, names, "skip")
     check_globs(config.overrides, names, "overrides")
-    chosen = attach_(model, config.spec_for)
+    owners = attach_(model, config.spec_for)
     stored = copy.deepcopy(config)
-    stored.stage, stored.layers = "prepared", {relative_name(model, name): {} for name in chosen}
+    stored.stage = "prepared"
+    names_in_config = {name: relative_name(model, name) for name in owners}
+    stored.layers = {names_in_config[name]: {"encoder_of": names_in_config[owner]} for name, owner in owners.items()}
     model.__dict__["r2_quant_config"] = stored
     if isinstance(model, PreTrainedModel):
         model.config.quantization_config = stored  # so that from_pretrained prepares a training checkpoint again

@@ -32,15 +32,19 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "mobilebert": lambda: MobileBertForSequenceClassification(MobileBertConfig()),
     "resnet50": lambda: ResNetForImageClassification(ResNetConfig()),
     "transformer-base": lambda: MarianMTModel(
-        MarianConfig(  # type: ignore[arg-type]
-            **{f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in BASE.items()},
+        MarianConfig(
             vocab_size=32000,
             d_model=512,
+            encoder_layers=6,
+            decoder_layers=6,
+            encoder_attention_heads=8,
+            decoder_attention_heads=8,
+            encoder_ffn_dim=2048,
+            decoder_ffn_dim=2048,
             pad_token_id=0,
         )
     ),
 }
-BASE = {"layers": 6, "attention_heads": 8, "ffn_dim": 2048}
 
 
 @dataclass

@@ -70,14 +70,18 @@ def test_quantizing_while_loading_is_quantize_after_loading(name, tmp_path):
 def test_dequantized_is_a_plain_float_model(name, tmp_path):
     packed = quantize(float_model(name), R2QuantConfig(weight_bits=4))
     expected = logits(packed, name)
+    weights = {n: m.weight.clone() for n, m in packed_layers(packed).items()}
     plain = packed.dequantize()
     assert not packed_layers(plain)
     assert not hasattr(plain.config, "quantization_config")
-    torch.testing.assert_close(logits(plain, name), expected, rtol=0, atol=0)
+    for layer, weight in weights.items():
+        torch.testing.assert_close(plain.get_submodule(layer).weight.detach(), weight, rtol=0, atol=0)
+    # torch may take another kernel for a parameter in other memory: depthwise convolutions then differ in the last bits
+    torch.testing.assert_close(logits(plain, name), expected, rtol=1e-4, atol=1e-6)
     assert {n for n, _ in plain.named_parameters()} == {n for n, _ in float_model(name).named_parameters()}
     plain.save_pretrained(tmp_path)
     assert "weight_packed" not in " ".join(load_file(tmp_path / "model.safetensors"))
-    torch.testing.assert_close(logits(auto_class(name).from_pretrained(tmp_path), name), expected, rtol=0, atol=0)
+    torch.testing.assert_close(logits(auto_class(name).from_pretrained(tmp_path), name), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -7,6 +7,8 @@ import torch
 
 from hf_r2 import RANGE_LOSSES, l_inf, margin, soft_min_max
 from hf_r2 import range_kernel as kernel
+from tests.reference.range_loss import l_inf as slow_l_inf
+from tests.reference.range_loss import margin as slow_margin
 from tests.reference.range_loss import soft_min_max as slow
 
 FIVE = [-2.0, -1.0, 0.0, 1.0, 3.0]
@@ -70,6 +72,29 @@ def test_overflow_takes_the_shifted_path():
     expected.backward()
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(w.grad.double(), wide.grad, rtol=1e-4, atol=1e-6)  # 1 + alpha (w - s_max) cancels
+
+
+@pytest.mark.parametrize("size", [7, kernel.CHUNK + 5])
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_way_of_other_devices_equals_the_formula(monkeypatch, size, count):
+    # what a GPU runs: no Python floats, no look at the sums, each side shifted by its extreme
+    monkeypatch.setattr(kernel, "_single", lambda x: False)
+    monkeypatch.setattr(kernel, "SAFE_SUM", 0.0)
+    weights = [torch.randn(size, dtype=torch.float64, requires_grad=True) for _ in range(count)]
+    alphas = double([0.1, 2.0, 40.0][:count])
+    kernel.soft_ranges(weights, alphas).sum().backward()
+    ours = [w.grad for w in weights], alphas.grad + torch.exp(-alphas.detach()).neg()
+    copies, again = [w.detach().clone().requires_grad_() for w in weights], double(alphas.tolist())
+    sum(slow(w, a) for w, a in zip(copies, again, strict=True)).backward()
+    torch.testing.assert_close(ours, ([w.grad for w in copies], again.grad), rtol=1e-10, atol=1e-13)
+
+
+def test_a_weight_in_another_memory_format():
+    w = torch.randn(4, 3, 2, 2, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
+    soft_min_max(w, 1.0).backward()
+    copy = w.detach().contiguous().requires_grad_()
+    soft_min_max(copy, 1.0).backward()
+    torch.testing.assert_close(w.grad, copy.grad)
 
 
 def test_many_weights_of_equal_shape_are_each_by_themselves():
@@ -172,11 +197,75 @@ def test_empty_and_constant_weights(name):
 def test_alpha_must_be_positive(alpha):
     with pytest.raises(ValueError, match="alpha must be a positive number"):
         soft_min_max(torch.ones(3), alpha)
+    with pytest.raises(ValueError, match="alpha must be a positive number"):
+        soft_min_max(torch.ones(3), torch.tensor(alpha))
 
 
-def test_second_backward_is_refused():
-    w = torch.randn(5, requires_grad=True)
-    loss = soft_min_max(w, 1.0)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="one backward pass"):
-        loss.backward()
+@pytest.mark.parametrize("name", sorted(RANGE_LOSSES))
+def test_gradients_pass_gradcheck(name):
+    # distinct magnitudes, none at the margin, so that finite differences see no kink
+    w = double([[0.3, -2.5, 1.0], [0.7, 2.0, -1.4]])
+    scalar = {"soft_min_max": (double(0.7),), "margin": (double(-1.1),), "l_inf": ()}[name]
+    assert torch.autograd.gradcheck(RANGE_LOSSES[name].function, (w, *scalar), eps=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", sorted(RANGE_LOSSES))
+def test_second_backward_adds_the_same_gradient(name):
+    w = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    loss = RANGE_LOSSES[name].function(w, *{"soft_min_max": (1.0,), "margin": (0.5,), "l_inf": ()}[name])
+    (3 * loss).backward(retain_graph=True)
+    first = w.grad.clone()
+    loss.backward()
+    assert first.abs().sum() > 0
+    torch.testing.assert_close(w.grad, first * 4 / 3)
+
+
+@pytest.mark.parametrize("name", ["l_inf", "margin"])
+@pytest.mark.parametrize("size", [7, kernel.SMALL + 1, kernel.CHUNK + 5])
+def test_pieces_of_l_inf_and_margin_equal_the_formula(name, size):
+    results = []
+    for function in (RANGE_LOSSES[name].function, {"l_inf": slow_l_inf, "margin": slow_margin}[name]):
+        torch.manual_seed(1)
+        w, m = torch.randn(size, dtype=torch.float64).requires_grad_(), double(1.5)
+        value = function(w, *((m,) if name == "margin" else ()))
+        results.append((value, *torch.autograd.grad(3 * value, (w, m) if name == "margin" else (w,))))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+
+
+def test_equal_largest_weights_share_the_gradient():
+    w = double([2.0, -2.0, 1.0])
+    l_inf(w).backward()
+    assert w.grad.tolist() == [0.5, -0.5, 0]
+
+
+def test_a_margin_of_zero_grows_again():
+    m = double(0.0)
+    margin(double([1.0, -2.0, 3.0]), m).backward()
+    assert m.grad.item() == -2  # 1 - three that stick out; abs() would give 0 and stay there
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("size", [10, kernel.SMALL + 1])
+def test_a_broken_weight_gives_a_broken_loss(value, size):
+    w = torch.randn(size)
+    w[3] = value
+    assert math.isnan(soft_min_max(w, 0.5).item())
+    assert not math.isfinite(l_inf(w).item())
+    assert not math.isfinite(margin(w, 0.5).item())
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.1, 1.0, 5.0, 30.0])
+@pytest.mark.parametrize("numel", [2, 30, 3000])
+def test_no_pull_is_larger_than_its_bound(alpha, numel):
+    for exponent in (1, 5):  # the odd powers of a Gaussian: light and heavy tails
+        w = torch.randn(numel, dtype=torch.float64).pow(exponent).requires_grad_()
+        soft_min_max(w, alpha).backward()
+        assert w.grad.abs().max().item() <= 1.25 + math.log(numel) / 4
+
+
+def test_a_frozen_weight_gets_no_gradient_beside_a_trained_one():
+    frozen, trained = torch.randn(4, 4), torch.randn(4, 4, requires_grad=True)
+    kernel.soft_ranges([frozen, trained], torch.ones(2)).sum().backward()
+    assert frozen.grad is None
+    assert trained.grad.abs().sum() > 0

@@ -14,9 +14,10 @@ from transformers import (
     MarianMTModel,
 )
 
-from hf_r2 import R2QuantConfig, RangeLoss, prepare, soft_min_max
+from hf_r2 import RANGE_LOSSES, R2QuantConfig, RangeLoss, prepare, soft_min_max
 from hf_r2.layers import folded_weight, following_batch_norms, weight_layers
 from hf_r2.losses import LOWEST_ALPHA, size_aware_alpha
+from tests.reference.range_loss import soft_min_max as slow
 
 
 def small():
@@ -94,10 +95,25 @@ def test_alpha_stays_positive_where_the_paper_s_form_would_turn():
         assert loss.scalars.item() >= LOWEST_ALPHA * (1 - 1e-6)
         assert width >= 0
     for _ in range(200):  # the same flow without the projection does cross zero: the test above is not idle
-        value = soft_min_max(model.weight.detach(), unprojected)
+        value = slow(model.weight.detach(), unprojected)
         (slope,) = torch.autograd.grad(value, unprojected)
         unprojected = (unprojected - 0.05 * slope).detach().requires_grad_()
     assert unprojected.item() < 0
+
+
+def test_alpha_stays_positive_in_a_loop_that_does_not_project():
+    model = nn.Linear(17, 17, bias=False)
+    with torch.no_grad():
+        model.weight.normal_()
+    loss = RangeLoss(model)
+    optimizer = torch.optim.SGD(loss.parameters(), lr=0.5, momentum=0.9)
+    for _ in range(30):
+        optimizer.zero_grad()
+        value = loss()
+        assert value.item() >= math.exp(-loss.scalars.item())  # s_max >= s_min
+        assert loss.scalars.item() >= LOWEST_ALPHA * (1 - 1e-6)
+        value.backward()
+        optimizer.step()
 
 
 def test_alpha_settles_where_the_closed_form_says():
@@ -184,6 +200,64 @@ def conv_bn():
         model[1].running_var.copy_(torch.tensor([0.01, 1.0, 4.0, 0.5]))
         model[1].weight.copy_(torch.tensor([2.0, -1.0, 0.5, 1.0]))
     return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["margin", "l_inf"])
+def test_std_units_of_the_other_losses(kind):
+    model = nn.Linear(8, 8, bias=False).double()
+    loss = RangeLoss(model, kind, units="std").double()
+    if kind == "margin":
+        loss.scalars.data.fill_(1.2)  # standard deviations
+    x = (model.weight / model.weight.std(correction=0)).detach().requires_grad_()
+    size = torch.tensor(1.2, dtype=torch.float64, requires_grad=True)
+    value = RANGE_LOSSES[kind].function(x, *((size,) if kind == "margin" else ()))
+    value.backward()
+    torch.testing.assert_close(loss(), value)
+    loss().backward()
+    torch.testing.assert_close(model.weight.grad, x.grad / model.weight.detach().std(correction=0))
+    if kind == "margin":
+        torch.testing.assert_close(loss.scalars.grad[0], size.grad)
+
+
+def test_a_broken_weight_is_not_hidden_by_std_units():
+    model = nn.Linear(4, 4)
+    with torch.no_grad():
+        model.weight[0, 0] = math.nan
+    assert math.isnan(RangeLoss(model, units="std")().item())
+
+
+def test_wrapped_models_keep_their_layer_names():
+    model = small()
+    assert RangeLoss(torch.compile(nn.DataParallel(model), backend="eager")).names == ["0", "2"]
+    loss = RangeLoss(model)
+    before = loss().item()
+    torch.compile(model, backend="eager")
+    with torch.no_grad():
+        model[0].weight *= 2
+    assert loss().item() > before
+
+
+def test_two_losses_before_one_backward():
+    model = small()
+    loss = RangeLoss(model)
+    (loss() + 2 * loss()).backward()
+    thrice = model[0].weight.grad.clone()
+    model.zero_grad()
+    loss().backward()
+    torch.testing.assert_close(thrice, 3 * model[0].weight.grad)
+
+
+@pytest.mark.parametrize("target", ["raw", "deployed"])
+@pytest.mark.parametrize("units", ["absolute", "std"])
+@pytest.mark.parametrize("dim", [1, 2])
+def test_every_combination_of_units_target_and_dim(target, units, dim):
+    model = conv_bn()
+    loss = RangeLoss(model, alpha=0.8, target=target, units=units, dim=dim, trainable=False).double()
+    expected = 0.0
+    for layer, norm in ((model[0], model[1]), (model[3], None)):
+        w = folded_weight(layer.weight, norm) if norm is not None and target == "deployed" else layer.weight
+        expected += soft_min_max(w / w.std(correction=0) if units == "std" else w, 0.8, dim)
+    torch.testing.assert_close(loss(), expected)
 
 
 def test_deployed_weight_is_the_folded_one_and_differentiable():
