@@ -81,7 +81,9 @@ def test_dequantized_is_a_plain_float_model(name, tmp_path):
     assert {n for n, _ in plain.named_parameters()} == {n for n, _ in float_model(name).named_parameters()}
     plain.save_pretrained(tmp_path)
     assert "weight_packed" not in " ".join(load_file(tmp_path / "model.safetensors"))
-    torch.testing.assert_close(logits(auto_class(name).from_pretrained(tmp_path), name), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        logits(auto_class(name).from_pretrained(tmp_path), name), expected, rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
