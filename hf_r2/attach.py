@@ -40,7 +40,9 @@ def attach_(model: nn.Module, spec_for: SpecFor) -> dict[str, str]:
         if chosen and len(chosen) < len(group):
             raise ValueError(f"{', '.join(layer.name for layer in group)} share one weight: skip all of them, or none")
         if any(specs[layer.name] != specs[group[0].name] for layer in chosen):
-            raise ValueError(f"{', '.join(layer.name for layer in group)} share one weight but have different settings")
+            raise ValueError(
+                f"{', '.join(layer.name for layer in group)} share one weight but have different settings"
+            )
         owners |= {layer.name: group[0].name for layer in chosen}
     attach_shared_(model, specs, owners)
     for name in owners:
