@@ -24,7 +24,7 @@ def checksums(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
 def checksum(tensor: Tensor) -> str:
     """CRC-32 of a tensor's bytes, eight hexadecimal digits."""
     flat = tensor.detach().cpu().contiguous().flatten()
-    return f"{zlib.crc32(memoryview(flat.view(torch.uint8).numpy())) if flat.numel() else 0:08x}"
+    return f"{zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0:08x}"
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], int]:

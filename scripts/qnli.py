@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import common
-import qnli_data
 import torch
 from datasets import Dataset
 from torch import nn
@@ -31,6 +29,8 @@ from transformers import (
     set_seed,
 )
 
+import common
+import qnli_data
 from hf_r2 import R2QuantConfig, R2Trainer, R2TrainingArguments, RangeLoss, convert, prepare, quantize
 from hf_r2.hub import push_folder
 from hf_r2.layers import weight_layers
