@@ -47,15 +47,11 @@ def write_card(
 ) -> Path:
     """Writes README.md into the folder of a saved model and returns its path; works offline.
 
-    `metrics` is what the scripts write as metrics.json: `arguments`, `versions`, `seed`, `commit`, `command`,
-    `first_last` (how first and last layers were treated, a phrase), `task` (`name`, `dataset`, `split`, `metric` and,
-    where wanted, `config`) and `results`, a list of rows with `name`, `method`, `weight_bits` (None: float),
-    `act_bits`, `granularity`, `bits_per_weight`, `size_bytes`, `range_loss`, the metric under its own name
-    (accuracy and f1 from 0 to 1) and, where known, `parameters`.
-
-    `result` names the row this folder holds (needed when there are several); it alone goes into the model index.
-    `repo_id` is the name to load by (default: that of the folder). `base_model` is the Hub id of the float model; by
-    default `model_name_or_path` of the arguments where that is a Hub id and no local folder.
+    `metrics` is what the scripts write as metrics.json, with the keys `KEYS`, `TASK_KEYS` and `ROW_KEYS` above; `first_last`
+    is a phrase on first and last layers, a row holds the metric under its own name (accuracy and f1 from 0 to 1), and
+    `weight_bits` None stands for float. `result` names the row this folder holds (needed when there are several); it alone
+    goes into the model index. `repo_id` is the name to load by (default: that of the folder). `base_model` is the Hub id of
+    the float model; by default `model_name_or_path` of the arguments where that is a Hub id and no local folder.
 
     Raises ValueError that names what `metrics` lacks or what is not a number, and for an unknown `result`.
     """
