@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import json
 import logging
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import lr_scheduler as schedulers
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.training_args import ParallelMode
 
 from hf_r2.layers import BATCH_NORMS
@@ -41,16 +47,26 @@ class R2TrainerMixin(AnyTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        options = self.args if isinstance(self.args, R2Arguments) else R2Arguments()
         _refuse_split_weights(self)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = self._bare_model()
         by_smoother = self.label_smoother is not None  # it divides by num_items_in_batch itself
         if self.model_accepts_loss_kwargs and not by_smoother and not consumes_num_items(model):
             # Trainer takes **kwargs in `forward` as proof that the loss is divided by the accumulation steps already;
             # heads that ignore num_items_in_batch would train on a multiple (huggingface/transformers issue 47688).
             self.model_accepts_loss_kwargs = False
-        self.range_weight = options.range_weight
-        self._terms: dict[str, list[Tensor]] = {"task_loss": [], "range_loss": []}
+        self._terms: dict[str, tuple[Tensor | float, int]] = {}  # name: sum since the last log, and of how many
+        self._restrict(model)
+        if self.optimizer is not None:
+            self._add_scalars(self.optimizer, self.lr_scheduler)
+
+    def _bare_model(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _restrict(self, model: nn.Module) -> None:
+        """Makes `range_loss` anew, on the weights of `model`, as `args` say now."""
+        options = self.args if isinstance(self.args, R2Arguments) else R2Arguments()
+        options.check_range_arguments()  # a hyperparameter search sets them after construction
+        self.range_weight, self.range_lr, self.range_loss = options.range_weight, options.range_lr, None
         if options.range_loss != NO_LOSS and options.range_weight > 0:
             self.range_loss = RangeLoss(
                 model,
@@ -62,20 +78,22 @@ class R2TrainerMixin(AnyTrainer):
                 dim=options.range_dim,
                 skip=options.range_skip,
             )
-            self.range_lr = options.range_lr
-            if self.optimizer is not None:
-                self._add_scalars(self.optimizer)
 
-    def _add_scalars(self, optimizer: Any) -> None:
+    def _add_scalars(self, optimizer: Any, scheduler: Any = None) -> None:
         """The learnable scalars as a group of their own: another learning rate, no decay."""
         if self.range_loss is not None and self.range_loss.trainable:
             self.range_loss.to(self.args.device)
             group = {"params": [self.range_loss.scalars], "lr": self.range_lr, "weight_decay": 0.0}
+            if scheduler is not None:
+                group |= {"initial_lr": self.range_lr}
+                _make_room(scheduler, self.range_lr)
             optimizer.add_param_group(group)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The optimizer of Trainer, with the learnable scalars of the range loss in a group of their own."""
         fresh = self.optimizer is None
+        if fresh and self.model_init is not None:
+            self._restrict(self._bare_model())  # `train` has put a new model in the place of the one restricted so far
         optimizer = super().create_optimizer(*args, **kwargs)
         if fresh:
             self._add_scalars(optimizer)
@@ -101,14 +119,19 @@ class R2TrainerMixin(AnyTrainer):
         """Task loss plus, while training and at the last micro-batch of a step, `range_weight` x range loss."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training and torch.is_grad_enabled():
-            self._terms["task_loss"].append(loss.detach() / self._task_divisor(num_items_in_batch))
+            self._note("task_loss", loss.detach().mean() / self._task_divisor(num_items_in_batch))
             if self.range_loss is not None and self.accelerator.sync_gradients:
-                range_loss = self.range_loss(self._reached(loss))
-                self._terms["range_loss"].append(range_loss.detach())
+                range_loss = self.range_loss(self._reached(model, loss))
+                self._note("range_loss", range_loss.detach())
                 # Trainer divides the sum by the accumulation steps unless the task loss was scaled already.
                 steps = 1 if self._scaled(num_items_in_batch) else self.current_gradient_accumulation_steps
                 loss = loss + (self.range_weight * steps * range_loss).to(loss.device)
         return (loss, outputs) if return_outputs else loss
+
+    def _note(self, name: str, value: Tensor) -> None:
+        """Adds to the running sum of a term, on its device: reading it here would wait for the device at every step."""
+        total, count = self._terms.get(name, (0.0, 0))
+        self._terms[name] = (total + value, count + 1)
 
     def _scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether Trainer leaves the loss undivided, by the rule of its `training_step`."""
@@ -125,46 +148,72 @@ class R2TrainerMixin(AnyTrainer):
         processes = self.args.world_size if self.args.average_tokens_across_devices else 1
         return processes / self.current_gradient_accumulation_steps
 
-    def _reached(self, loss: Tensor) -> set[str] | None:
-        """Under DDP, the layers whose weight took part in this task loss; None for all.
+    def _reached(self, model: nn.Module, loss: Tensor) -> set[str] | None:
+        """Under a DDP that looks for unused weights, the layers whose weight took part in this task loss; None for all.
 
-        DDP marks the weights that the forward pass did not use as done; a gradient for them from the range loss would
-        reach it a second time and end in "Expected to mark a variable ready only once".
+        Such a DDP marks the weights that the forward pass did not use as done; a gradient for them from the range loss
+        would reach it a second time and end in "Expected to mark a variable ready only once". One that does not look
+        (as with gradient checkpointing, where the graph may hide the weights too) waits for a gradient of every weight.
         """
-        if self.args.parallel_mode != ParallelMode.DISTRIBUTED or self.range_loss is None:
+        wrapped = getattr(model, "_orig_mod", model)
+        if self.range_loss is None or not isinstance(wrapped, DistributedDataParallel):
+            return None
+        if not wrapped.find_unused_parameters:
             return None
         leaves = _leaves(loss)
         return {name for name, weight in self.range_loss.weights().items() if id(weight) in leaves}
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One micro-batch; the scalars of the range loss are cleared and kept positive here, as nobody else does.
+        """One micro-batch; the scalars of the range loss are cleared, kept positive and averaged here, as nobody else does.
 
-        Trainer clears the gradients of the model, and the scalars are not part of it.
+        Trainer clears the gradients of the model, and DDP averages them; the scalars are part of neither.
         """
-        if self.range_loss is not None and self.range_loss.trainable:
+        scalars = self.range_loss.scalars if self.range_loss is not None and self.range_loss.trainable else None
+        if self.range_loss is not None and scalars is not None:
             self.range_loss.project_()
             self.range_loss.zero_grad()
-        return super().training_step(*args, **kwargs)
+        loss = super().training_step(*args, **kwargs)
+        if scalars is not None and scalars.grad is not None and self._distributed():
+            # the processes may have reached different layers, and would drift apart
+            scalars.grad = self._mean_over_processes(scalars.grad)
+        return loss
+
+    def _distributed(self) -> bool:
+        return self.args.parallel_mode == ParallelMode.DISTRIBUTED
+
+    def _mean_over_processes(self, value: Tensor) -> Tensor:
+        mean = self.accelerator.reduce(value, reduction="mean")
+        assert isinstance(mean, Tensor)  # a tensor was given
+        return mean
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds task loss, range loss (means since the last log) and mean range / std to the training logs."""
-        if "loss" in logs:
-            for name, values in self._terms.items():
-                if values:
-                    logs[name] = torch.stack(values).mean().item()
-                    values.clear()
+        if "loss" in logs and "learning_rate" in logs:  # Trainer's own line, which every process comes to
+            for name, (total, count) in self._terms.items():
+                mean = torch.as_tensor(total / count)
+                logs[name] = (self._mean_over_processes(mean) if self._distributed() else mean).item()
+            self._terms.clear()
             if self.range_loss is not None:
                 logs["range_over_std"] = self.range_loss.mean_range_over_std().item()
         super().log(logs, *args, **kwargs)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer; `True` resumes from the last checkpoint that was written to its end."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
-        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.range_loss is not None and self.range_loss.trainable:
             self.range_loss.project_()
         return result
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            # of an earlier run into this folder: it would vouch for a checkpoint that is only half overwritten
+            stale = (
+                Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}" / TRAINER_STATE_NAME
+            )
+            stale.unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -200,13 +249,39 @@ class R2Seq2SeqTrainer(R2TrainerMixin, Seq2SeqTrainer):
 
 
 def consumes_num_items(model: nn.Module) -> bool:
-    """Whether the model's loss divides by `num_items_in_batch`: its forward names it, or passes its kwargs to the loss."""
+    """Whether the model's loss divides by `num_items_in_batch`: its forward names it, or passes its kwargs to such a loss.
+
+    False where its source does not tell, or the loss depends on the labels (a classification whose `problem_type` is not
+    set): Trainer then divides the mean loss of each micro-batch by their number, which suits every loss.
+    """
+    forward = _syntax(type(model).forward)
+    if _mentions(forward, "num_items_in_batch"):
+        return True
+    loss = _syntax(getattr(model, "loss_function", None)) if _passes_kwargs(forward, "loss_function") else []
+    if _mentions(loss, "problem_type"):  # regression and multi-label losses are plain means
+        return getattr(getattr(model, "config", None), "problem_type", None) == "single_label_classification"
+    return _mentions(loss, "num_items_in_batch") or _passes_kwargs(loss, "fixed_cross_entropy")
+
+
+def _syntax(function: Callable[..., Any] | None) -> list[ast.AST]:
+    """All syntax nodes of a function's source, without its decorators' wrappers; none where there is no source."""
     try:
-        source = inspect.getsource(inspect.unwrap(type(model).forward))
-    except (OSError, TypeError):
-        return False
-    calls = [part.split(")")[0] for part in source.split("self.loss_function(")[1:]]
-    return "num_items_in_batch" in source or any("**" in call for call in calls)
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(function))) if function is not None else ""
+        return list(ast.walk(ast.parse(source)))
+    except (OSError, TypeError, SyntaxError):
+        return []
+
+
+def _mentions(nodes: list[ast.AST], name: str) -> bool:
+    """As an argument, a variable, an attribute, a keyword or a string (of `kwargs.get`); not in prose."""
+    return any(name in (getattr(node, key, None) for key in ("arg", "id", "attr", "value")) for node in nodes)
+
+
+def _passes_kwargs(nodes: list[ast.AST], function: str) -> bool:
+    """Whether `function` (or a method of that name) is called with `**`."""
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    named = [c for c in calls if function in (getattr(c.func, "attr", None), getattr(c.func, "id", None))]
+    return any(keyword.arg is None for call in named for keyword in call.keywords)
 
 
 def last_complete_checkpoint(output_dir: str) -> str:
@@ -214,16 +289,29 @@ def last_complete_checkpoint(output_dir: str) -> str:
 
     Raises ValueError where there is none.
     """
-    folder = Path(output_dir)
-    found = get_last_checkpoint(output_dir) if folder.is_dir() else None
-    while found is not None:
-        if (Path(found) / "trainer_state.json").is_file():
-            return found
-        logger.warning("%s was not written to its end; it is passed over", found)
-        step = int(Path(found).name.rpartition("-")[2])
-        older = [p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit() and int(p.name[11:]) < step]
-        found = str(max(older, key=lambda p: int(p.name[11:]))) if older else None
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name[len("checkpoint-") :].isdigit()]
+    for folder in sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+        try:
+            json.loads((folder / TRAINER_STATE_NAME).read_text())
+            return str(folder)
+        except (OSError, ValueError):
+            logger.warning("%s was not written to its end; it is passed over", folder)
     raise ValueError(f"no complete checkpoint in {output_dir}; train without resume_from_checkpoint")
+
+
+def _make_room(scheduler: Any, lr: float) -> None:
+    """Lets a user's scheduler, made before the group of the scalars, schedule that group like the last of its own."""
+    if isinstance(scheduler, (schedulers.OneCycleLR, schedulers.CyclicLR)):
+        raise ValueError(
+            f"{type(scheduler).__name__} cannot take the range loss's scalars after it was made; set range_trainable=False, "
+            "or pass optimizers=(optimizer, None)"
+        )
+    for inner in getattr(scheduler, "_schedulers", ()):
+        _make_room(inner, lr)
+    for name, more in (("base_lrs", [lr]), ("lr_lambdas", None), ("min_lrs", None)):
+        values = getattr(scheduler, name, None)
+        if isinstance(values, list) and values:
+            setattr(scheduler, name, values + (more or values[-1:]))
 
 
 def _leaves(loss: Tensor) -> set[int]:

@@ -294,7 +294,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     assert last_complete_checkpoint(tmp_path / "killed").endswith("checkpoint-4")
     resumed = in_process(tmp_path / "killed", resume=True, **options)
     assert resumed.returncode == 0, resumed.stderr
-    one, other = (load_file(tmp_path / name / "result.safetensors") for name in ("whole", "killed"))
+    one, other = (load_file(tmp_path / name / "result-0.safetensors") for name in ("whole", "killed"))
     assert (one["alphas"] != 0.1).all()
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, rtol=0, atol=0, msg=name)

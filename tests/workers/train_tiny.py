@@ -1,7 +1,8 @@
 """Trains a tiny BERT classifier in a process of its own and saves weights and alphas: train_tiny.py OUT [options].
 
 Options as JSON in the second argument; `kill_after_step` sends SIGKILL to this very process at the end of that step,
-`unused` gives the model a regularised linear layer that its forward pass never uses.
+`unused` gives the model a regularised linear layer that no forward pass uses, and one that those of the first process
+alone use (times 0), as with layer drop.
 """
 
 import json
@@ -52,7 +53,9 @@ def main(out: str, options: dict):
     )
     model = tiny_bert(options.pop("dropout", 0.0))
     if unused:
-        model.spare = torch.nn.Linear(16, 16)
+        model.spare, model.sometimes = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+        if os.environ.get("RANK", "0") == "0":
+            model.classifier.register_forward_hook(lambda _, x, out: out + 0 * model.sometimes(x[0]).sum())
     defaults = {
         "output_dir": out, "report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no",
         "learning_rate": 1e-2, "logging_steps": 1, "max_steps": 3, "per_device_train_batch_size": 4,
@@ -60,9 +63,10 @@ def main(out: str, options: dict):
     args = R2TrainingArguments(**{**defaults, **options})
     trainer = R2Trainer(model=model, args=args, train_dataset=tiny_pairs(), callbacks=[Kill(kill)] if kill else [])
     trainer.train(resume_from_checkpoint=resume)
-    if trainer.is_world_process_zero():
-        state = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
-        save_file({**state, "alphas": trainer.range_loss.scalars.detach().clone()}, Path(out) / "result.safetensors")
+    state = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
+    logged = {f"log.{k}": torch.tensor(trainer.state.log_history[0][k]) for k in ("loss", "task_loss", "range_loss")}
+    alphas = {"alphas": trainer.range_loss.scalars.detach().clone()}
+    save_file({**state, **logged, **alphas}, Path(out) / f"result-{args.process_index}.safetensors")
 
 
 if __name__ == "__main__":
