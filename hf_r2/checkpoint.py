@@ -118,7 +118,7 @@ def _attach_prepared_(model: nn.Module, config: R2QuantConfig) -> None:
 def _layouts(model: nn.Module, config: R2QuantConfig, shapes: Mapping[str, Any]) -> dict[str, Layout]:
     """Layouts by the names of this model; layers of a head that it lacks are left out.
 
-    Raises ValueError for a layer that is neither in the model nor in the checkpoint, and for one whose codes are missing.
+    Raises ValueError for a layer that is neither in the model nor in the checkpoint, and for fields that are not known.
     """
     here = {relative_name(model, name): name for name, _ in model.named_modules()}
     stored = {
