@@ -14,8 +14,8 @@ from transformers.quantizers.base import HfQuantizer
 
 from hf_r2.attach import attach_shared_, show_encoded_
 from hf_r2.encoders.activations import InputQuantizer
-from hf_r2.integrity import checksum, checksums, verify
-from hf_r2.layers import is_table, weight_layers
+from hf_r2.integrity import checksums, verify
+from hf_r2.layers import is_table, is_weight_layer, weight_layers
 from hf_r2.packed_layers import Layout, build_packed_, packed_layers, unpack_weights_
 from hf_r2.quant_config import R2QuantConfig
 from hf_r2.road import dequantize_, quantize_, relative_name
@@ -27,7 +27,6 @@ class R2HfQuantizer(HfQuantizer):
     """Puts packed layers into the skeleton, so that a checkpoint's codes have a place to go; quantizes float ones."""
 
     quantization_config: R2QuantConfig
-    _sums: set[str] = set()  # noqa: RUF012  # checksums of the files being loaded; replaced, never changed
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuses, before anything is loaded, to quantize while loading where batches are needed."""
@@ -47,7 +46,7 @@ class R2HfQuantizer(HfQuantizer):
     ) -> None:
         if not self.pre_quantized or self.quantization_config.stage == "recipe":
             return
-        shapes, self._sums = verify(checkpoint_files or [])
+        shapes = verify(checkpoint_files or [])
         if self.quantization_config.stage == "prepared":
             _attach_prepared_(model, self.quantization_config)
             return
@@ -64,7 +63,7 @@ class R2HfQuantizer(HfQuantizer):
         stage = self.quantization_config.stage
         if stage == "packed" and self.pre_quantized:
             _restore_dtypes(model)
-            _check_loaded(model, self._sums)
+            _check_loaded(model)
             finish_packed_(model, self.quantization_config)
         elif stage == "prepared":  # trained further as a float model: hf_quantizer would keep Trainer from saving it
             show_encoded_(model)
@@ -145,14 +144,21 @@ def _layouts(model: nn.Module, config: R2QuantConfig, shapes: Mapping[str, Any])
 
 def _check_weights(layouts: Mapping[str, Layout], model: nn.Module) -> None:
     for name in layouts:
-        if not isinstance(model.get_submodule(name)._parameters.get("weight"), nn.Parameter):
-            raise ValueError(f"config.json names layer {name!r}, which has no weight in {type(model).__name__}")
+        module = model.get_submodule(name)
+        if not is_weight_layer(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
+            raise ValueError(
+                f"config.json names layer {name!r}, a {type(module).__name__} in {type(model).__name__}: only linear, "
+                "convolution and embedding layers can be packed"
+            )
 
 
-def _check_loaded(model: nn.Module, sums: set[str]) -> None:
-    """Raises ValueError where codes did not come from the checkpoint: transformers fills what is missing with noise."""
+def _check_loaded(model: nn.Module) -> None:
+    """Raises ValueError where codes did not come from the checkpoint.
+
+    transformers fills what is missing with whatever the memory held, and marks what it did load.
+    """
     for name, module in packed_layers(model).items():
-        if sums and checksum(module.weight_packed) not in sums:  # type: ignore[arg-type]
+        if not getattr(module.weight_packed, "_is_hf_initialized", False):
             raise ValueError(f"the checkpoint lacks the codes of layer {name!r}, which config.json says is packed")
 
 

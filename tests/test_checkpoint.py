@@ -186,7 +186,7 @@ def edit_config(folder, change):
         (lambda q: q.update(version=99), "format version 99, and this hf_r2 reads up to"),
         (
             lambda q: q["layers"].update({"encoder.layer.0.output.LayerNorm": {"bits": 4, "kind": "affine"}}),
-            "LayerNorm",
+            "a LayerNorm in BertForSequenceClassification: only linear, convolution and embedding",
         ),
     ],
 )
