@@ -101,6 +101,16 @@ def encoder_of(layer: WeightLayer) -> nn.Module:
     return layer.module.__dict__[ENCODER]
 
 
+def replace_encoder_(model: nn.Module, layer: WeightLayer, encoder: nn.Module) -> None:
+    """Puts another encoder in front of a prepared layer and of those that share its weight, in place."""
+    encoder.train(layer.module.training)
+    for tied in prepared_layers(model):
+        if tied.weight is layer.weight:
+            if "weight_encoder" in tied.module._modules:  # the one that owns the shared encoder
+                tied.module._modules["weight_encoder"] = encoder
+            object.__setattr__(tied.module, ENCODER, encoder)
+
+
 @torch.no_grad()
 def encoded_weights(model: nn.Module) -> dict[str, Encoded]:
     """{layer name: Encoded} of a prepared model; layers that share a weight share one `Encoded`."""

@@ -46,6 +46,7 @@ class Layout:
     kind: str  # "affine" or "palette"
     channel_axis: int | None = None
     symmetric: bool = True
+    scaled: bool = False  # a palette with a scale beside it; affine layers always have one
     act_bits: int | None = None
     act_range: str = "static"
 
@@ -101,11 +102,11 @@ def layout_of(encoded: Encoded, channel_axis: int, module: nn.Module) -> Layout:
     quantizer = module._modules.get("input_quantizer")
     act_bits = quantizer.grid.bits if quantizer is not None else None  # type: ignore[union-attr]
     act_range = "dynamic" if quantizer is not None and quantizer.dynamic else "static"
+    axis = channel_axis if encoded.scale is not None and encoded.scale.numel() > 1 else None
     if encoded.centroids is not None:
-        return Layout(encoded.bits, "palette", act_bits=act_bits, act_range=act_range)  # type: ignore[arg-type]
-    assert encoded.scale is not None
-    axis = channel_axis if encoded.scale.numel() > 1 else None
-    return Layout(encoded.bits, "affine", axis, encoded.symmetric, act_bits, act_range)  # type: ignore[arg-type]
+        scaled = encoded.scale is not None
+        return Layout(encoded.bits, "palette", axis, scaled=scaled, act_bits=act_bits, act_range=act_range)  # type: ignore[arg-type]
+    return Layout(encoded.bits, "affine", axis, encoded.symmetric, act_bits=act_bits, act_range=act_range)  # type: ignore[arg-type]
 
 
 def pack_layer_(module: nn.Module, encoded: Encoded, layout: Layout, packed: nn.Parameter | None = None) -> None:
@@ -126,11 +127,12 @@ def build_packed_(module: nn.Module, layout: Layout, dtype: torch.dtype) -> None
     count = packed_bytes(weight.numel(), layout.bits)
     packed = nn.Parameter(torch.empty(count, dtype=torch.uint8, device=device), requires_grad=False)
     scale = zero_point = centroids = None
+    if layout.kind == "affine" or layout.scaled:
+        scale = torch.empty(layout.scale_shape(shape), dtype=torch.float32, device=device)
     if layout.kind == "palette":
         centroids = torch.empty(2**layout.bits, 1, device=device)
-    else:
-        scale = torch.empty(layout.scale_shape(shape), dtype=torch.float32, device=device)
-        zero_point = None if layout.symmetric else torch.empty_like(scale, dtype=torch.uint8)
+    elif not layout.symmetric:
+        zero_point = torch.empty_like(scale, dtype=torch.uint8)  # type: ignore[arg-type]
     _install(module, layout, shape, dtype, (packed, scale, zero_point, centroids))
 
 
@@ -160,7 +162,8 @@ def encoded(module: nn.Module) -> Encoded:
     packed: Tensor = module.weight_packed  # type: ignore[assignment]
     codes = unpack_bits(packed.data, layout.bits, shape.numel()).view(shape)
     if layout.kind == "palette":
-        return Encoded(codes, layout.bits, centroids=module.weight_centroids)  # type: ignore[arg-type]
+        factor: Tensor | None = module.weight_scale if layout.scaled else None  # type: ignore[assignment]
+        return Encoded(codes, layout.bits, factor, centroids=module.weight_centroids)  # type: ignore[arg-type]
     scale: Tensor = module.weight_scale  # type: ignore[assignment]
     grid = Grid(layout.bits, layout.symmetric)
     zero_point = torch.full_like(scale, grid.symmetric_zero_point) if layout.symmetric else module.weight_zero_point

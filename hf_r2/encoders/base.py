@@ -15,7 +15,7 @@ class Encoded:
     """A weight as stored: `codes` (uint8, in the weight's shape) and what decodes them.
 
     Affine: `scale` and `zero_point`, float32, broadcastable to the weight; `symmetric` says that the zero point follows
-    from the width and is not stored. Palette: `centroids` [2**bits, 1], float32.
+    from the width and is not stored. Palette: `centroids` [2**bits, 1], float32, times `scale` where there is one.
     """
 
     codes: Tensor
@@ -28,7 +28,8 @@ class Encoded:
     def decode(self) -> Tensor:
         """The weight, float32, in its shape: what the model computes with."""
         if self.centroids is not None:
-            return self.centroids[:, 0][self.codes.int()]
+            value = self.centroids[:, 0][self.codes.int()]
+            return value if self.scale is None else value * self.scale
         if self.scale is None or self.zero_point is None:
             raise ValueError("an encoded weight needs either centroids or a scale and a zero point")
         return dequantize(self.codes, self.scale, self.zero_point)
@@ -37,10 +38,10 @@ class Encoded:
         """Bits that go into the file: codes, and scales, zero points and palettes with them."""
         bits = self.codes.numel() * self.bits
         if self.centroids is not None:
-            return bits + 32 * self.centroids.numel()
+            bits += 32 * self.centroids.numel()
         if self.scale is not None:
             bits += 32 * self.scale.numel()
-            bits += 0 if self.symmetric else 8 * self.scale.numel()
+            bits += 0 if self.symmetric or self.centroids is not None else 8 * self.scale.numel()
         return bits
 
 
