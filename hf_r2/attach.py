@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -15,7 +13,6 @@ from hf_r2.encoders.activations import InputQuantizer
 from hf_r2.layers import WeightLayer, is_table, weight_layers
 from hf_r2.spec import LayerSpec
 
-logger = logging.getLogger(__name__)
 SpecFor = Callable[[str], LayerSpec | None]
 
 
@@ -101,6 +98,16 @@ def encoder_of(layer: WeightLayer) -> nn.Module:
     return layer.module.__dict__[ENCODER]
 
 
+def prepared_encoders(model: nn.Module) -> list[tuple[nn.Parameter, Affine]]:
+    """The float weights of a prepared model with the affine encoder in front of each; shared ones once."""
+    found: dict[int, tuple[nn.Parameter, Affine]] = {}
+    for layer in prepared_layers(model):
+        encoder = encoder_of(layer)
+        if isinstance(encoder, Affine):
+            found.setdefault(id(encoder), (layer.weight, encoder))
+    return list(found.values())
+
+
 def replace_encoder_(model: nn.Module, layer: WeightLayer, encoder: nn.Module) -> None:
     """Puts another encoder in front of a prepared layer and of those that share its weight, in place."""
     encoder.train(layer.module.training)
@@ -129,64 +136,3 @@ def detach_(module: nn.Module) -> None:
     undress(module)
     module._modules.pop("weight_encoder", None)
     module.__dict__.pop(ENCODER, None)
-
-
-def static_quantizers(model: nn.Module) -> dict[str, InputQuantizer]:
-    """Input quantizers that need calibration, by the name of their layer."""
-    found = {n.removesuffix(".input_quantizer"): m for n, m in model.named_modules() if isinstance(m, InputQuantizer)}
-    return {name: quantizer for name, quantizer in found.items() if not quantizer.dynamic}
-
-
-@torch.no_grad()
-def calibrate_(model: nn.Module, batches: Iterable[Mapping[str, Any]] | None) -> None:
-    """Sets the static input ranges of a prepared model to the lowest and highest input over `batches`, in eval mode.
-
-    Raises ValueError where ranges are needed and there are no batches, and for a batch that the model rejects or that
-    holds NaN (the batch is numbered, the layer named). A layer that no batch reached loses its input quantizer, with a
-    warning in the log.
-    """
-    quantizers = static_quantizers(model)
-    if not quantizers:
-        return
-    if batches is None:
-        raise ValueError(
-            "act_bits with static ranges needs batches to calibrate on; pass batches, or act_range='dynamic'"
-        )
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    for quantizer in quantizers.values():
-        quantizer.observing = True
-    try:
-        seen = _run(model, batches, quantizers)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for quantizer in quantizers.values():
-            quantizer.observing = False
-    if seen == 0:
-        raise ValueError("calibration needs at least one batch; batches was empty")
-    for name, quantizer in quantizers.items():
-        if not quantizer.finish():
-            logger.warning("layer %s was not reached by any calibration batch: its input stays in float", name)
-            del model.get_submodule(name)._modules["input_quantizer"]
-
-
-def _run(model: nn.Module, batches: Iterable[Mapping[str, Any]], quantizers: Mapping[str, InputQuantizer]) -> int:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    seen = 0
-    for seen, batch in enumerate(batches, start=1):
-        if not isinstance(batch, Mapping):
-            raise ValueError(
-                f"batch {seen - 1}: batches must be keyword dicts for forward, got {type(batch).__name__}"
-            )
-        inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        try:
-            model(**inputs)
-        except Exception as error:
-            raise ValueError(
-                f"batch {seen - 1} (keys {', '.join(inputs)}) was rejected by the model: {error}"
-            ) from error
-        for name, quantizer in quantizers.items():
-            if quantizer._low is not None and not torch.isfinite(quantizer._high - quantizer._low):  # type: ignore[operator]
-                raise ValueError(f"batch {seen - 1} brings NaN or infinity to the input of layer {name!r}")
-    return seen

@@ -14,11 +14,13 @@ from transformers.quantizers.base import HfQuantizer
 
 from hf_r2.attach import attach_shared_, show_encoded_
 from hf_r2.encoders.activations import InputQuantizer
+from hf_r2.float_passes import build_skeleton_
 from hf_r2.integrity import checksums, verify
 from hf_r2.layers import is_table, is_weight_layer, weight_layers
+from hf_r2.names import relative_name
 from hf_r2.packed_layers import Layout, build_packed_, packed_layers, unpack_weights_
 from hf_r2.quant_config import R2QuantConfig
-from hf_r2.road import dequantize_, quantize_, relative_name
+from hf_r2.road import dequantize_, quantize_
 from hf_r2.saving import save_beside
 from hf_r2.tied import retie, tied_pairs
 
@@ -47,6 +49,7 @@ class R2HfQuantizer(HfQuantizer):
         if not self.pre_quantized or self.quantization_config.stage == "recipe":
             return
         shapes = verify(checkpoint_files or [])
+        build_skeleton_(model, self.quantization_config.skeleton)
         if self.quantization_config.stage == "prepared":
             _attach_prepared_(model, self.quantization_config)
             return

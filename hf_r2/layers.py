@@ -101,6 +101,13 @@ def check_globs(globs: Iterable[str], names: list[str], where: str) -> None:
             raise ValueError(f"{where}: {glob!r} matches no layer; the weight layers are: {known or 'none'}")
 
 
+def first_and_last(model: nn.Module) -> tuple[str, str]:
+    """Names of the first and the last layer, in the order of registration; tables come before them and are no input layers."""
+    names = [layer.name for layer in weight_layers(model, tied=True)]
+    names = [name for name in names if not is_table(model.get_submodule(name))] or names
+    return names[0], names[-1]
+
+
 def following_batch_norms(model: nn.Module) -> dict[str, nn.Module]:
     """Batch norm behind each convolution, by the name of the convolution.
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_r2.encoders import ENCODERS
+from hf_r2.float_passes import FloatPasses
+from hf_r2.grid import check_bits
 from hf_r2.layers import matches
 from hf_r2.ptq import PTQ_METHODS
 from hf_r2.spec import LayerSpec
 
 FORMAT_VERSION = 1
 STAGES = ("recipe", "prepared", "packed")
+SHARED = [f.name for f in fields(FloatPasses)]
 OVERRIDABLE = ("weight_bits", "granularity", "symmetric", "act_bits", "act_range", "options")
 
 
@@ -28,11 +32,15 @@ class R2QuantConfig(QuantizationConfigMixin):
         symmetric: weights on a grid around zero; False: on a grid over their own range.
         act_bits: 2 to 8, or None for float activations; the inputs of every quantized layer, per tensor, asymmetric.
         act_range: "static" (calibrated on `batches`) or "dynamic" (the range of each batch as it comes).
-        options: keyword options of the method.
+        options: keyword options of the method, and those that all post-training methods share (`FloatPasses`: fold,
+            equalize, absorb, relu6).
         overrides: {glob of layer names: {setting: value}}; later globs win.
         skip: globs of layer names that stay in float.
+        first_last_bits: width of the weights and inputs of the first and the last layer; None (the papers' protocol): as
+            the rest. The official codes of SQuant, BRECQ and PD-Quant keep 8 there.
 
-    `layers`, `stage` and `version` are filled by the library and stored in config.json.
+    `skeleton` (what folding and equalization changed), `layers`, `stage` and `version` are filled by the library and
+    stored in config.json.
 
     Raises ValueError for a value that is not allowed, TypeError for an unknown setting or option; both name the known ones.
     """
@@ -48,7 +56,9 @@ class R2QuantConfig(QuantizationConfigMixin):
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         skip: list[str] | tuple[str, ...] = (),
         act_range: str = "static",
+        first_last_bits: int | None = None,
         *,
+        skeleton: Mapping[str, Any] | None = None,
         layers: Mapping[str, Mapping[str, Any]] | None = None,
         stage: str = "recipe",
         version: int = FORMAT_VERSION,
@@ -71,6 +81,8 @@ class R2QuantConfig(QuantizationConfigMixin):
         self.options = dict(options or {})
         self.overrides = {glob: dict(settings) for glob, settings in (overrides or {}).items()}
         self.skip = list(skip)
+        self.first_last_bits = first_last_bits
+        self.skeleton = dict(skeleton or {})
         self.layers = {name: dict(layout) for name, layout in (layers or {}).items()}
         self.stage, self.version = stage, version
         self._check()
@@ -88,12 +100,27 @@ class R2QuantConfig(QuantizationConfigMixin):
                     f"overrides[{glob!r}]: unknown settings {', '.join(sorted(unknown))}; "
                     f"known ones are: {', '.join(OVERRIDABLE)}"
                 )
-        for spec in [self._spec(), *(self._spec(settings) for settings in self.overrides.values())]:
+        if self.first_last_bits is not None:
+            check_bits(self.first_last_bits, "first_last_bits")
+        for spec in self._specs():
             check_options(spec)
 
     def _spec(self, settings: Mapping[str, Any] | None = None) -> LayerSpec:
         own = {name: getattr(self, name) for name in OVERRIDABLE}
         return LayerSpec(self.method, **{**own, **(settings or {})})
+
+    def _specs(self) -> list[LayerSpec]:
+        return [self._spec(), *(self._spec(settings) for settings in self.overrides.values())]
+
+    def ends(self) -> dict[str, int]:
+        """The settings of the first and the last layer that differ from the rest."""
+        bits = {} if self.first_last_bits is None else {"weight_bits": self.first_last_bits}
+        return bits | ({"act_bits": max(bits["weight_bits"], self.act_bits)} if bits and self.act_bits else {})
+
+    def split_options(self) -> tuple[FloatPasses, dict[str, Any]]:
+        """The options that all post-training methods share, and the method's own."""
+        shared = {k: v for k, v in self.options.items() if k in SHARED}
+        return FloatPasses(**shared), {k: v for k, v in self.options.items() if k not in SHARED}
 
     def spec_for(self, name: str) -> LayerSpec | None:
         """What is to be done to the layer of this name; None leaves it in float."""
@@ -110,8 +137,7 @@ class R2QuantConfig(QuantizationConfigMixin):
         """Why batches are needed, in words, or None where they are not."""
         if self.method in PTQ_METHODS and not PTQ_METHODS[self.method].data_free:
             return f"method {self.method!r} reads the inputs of the layers"
-        specs = [self._spec(), *(self._spec(settings) for settings in self.overrides.values())]
-        if any(spec.act_bits is not None and spec.act_range == "static" for spec in specs):
+        if any(spec.act_bits is not None and spec.act_range == "static" for spec in self._specs()):
             return "act_bits with static ranges is calibrated on them (act_range='dynamic' is not)"
         return None
 
@@ -122,6 +148,7 @@ def check_options(spec: LayerSpec) -> None:
     function = ENCODERS[spec.method].options if in_encoder else PTQ_METHODS[spec.method].run
     parameters = inspect.signature(function).parameters.values()
     known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    known += [] if in_encoder else SHARED
     unknown = sorted(set(spec.options) - set(known))
     if unknown:
         raise TypeError(
@@ -129,3 +156,5 @@ def check_options(spec: LayerSpec) -> None:
         )
     if in_encoder:
         function(**spec.options)
+    else:
+        FloatPasses(**{k: v for k, v in spec.options.items() if k in SHARED})

@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_r2.attach import attach_, calibrate_, detach_, encoded_weights, prepared_layers
-from hf_r2.layers import check_globs, weight_layers
+from hf_r2.attach import attach_, detach_, encoded_weights, prepared_layers
+from hf_r2.batches import Batches, checked
+from hf_r2.calibration import calibrate_
+from hf_r2.float_passes import apply_passes_, undo_passes_
+from hf_r2.layers import check_globs, first_and_last, weight_layers
+from hf_r2.names import relative_name
 from hf_r2.packed_layers import Layout, dequantize_layer_, layout_of, pack_layer_, packed_layers
 from hf_r2.ptq import PTQ_METHODS
 from hf_r2.quant_config import R2QuantConfig
 from hf_r2.tied import retie, tied_pairs
 
-Batches = Iterable[Mapping[str, Any]]
 
-
-def relative_name(model: nn.Module, name: str) -> str:
-    """The layer's name without the prefix of the base model: the same in a base model and in one with a head."""
-    prefix = getattr(model, "base_model_prefix", "")
-    return name.removeprefix(f"{prefix}.") if prefix else name
-
-
-def prepare_(model: nn.Module, config: R2QuantConfig) -> None:
+def prepare_(model: nn.Module, config: R2QuantConfig, skeleton: dict[str, Any] | None = None) -> None:
     """Attaches encoders and input quantizers and notes the recipe on the model, in place."""
     names = [layer.name for layer in weight_layers(model, tied=True)]
     check_globs(config.skip, names, "skip")
     check_globs(config.overrides, names, "overrides")
-    owners = attach_(model, config.spec_for)
     stored = copy.deepcopy(config)
     stored.stage = "prepared"
+    stored.skeleton = skeleton or {}
+    if config.first_last_bits is not None:
+        for name in first_and_last(model):
+            stored.overrides[name] = {**stored.overrides.get(name, {}), **stored.ends()}
+    owners = attach_(model, stored.spec_for)
     names_in_config = {name: relative_name(model, name) for name in owners}
     stored.layers = {names_in_config[name]: {"encoder_of": names_in_config[owner]} for name, owner in owners.items()}
     model.__dict__["r2_quant_config"] = stored
@@ -45,10 +45,18 @@ def quantize_(model: nn.Module, config: R2QuantConfig, batches: Batches | None) 
     """Float model to packed layers, in place; returns the config to store with them."""
     if config.needs_batches and batches is None:
         raise ValueError(f"batches are needed: {config.needs_batches}")
-    prepare_(model, config)
-    if config.method in PTQ_METHODS:
-        PTQ_METHODS[config.method].run(model, batches, **config.options)
-    calibrate_(model, batches)
+    if config.method not in PTQ_METHODS:  # a trained encoder, used as it starts
+        prepare_(model, config)
+        calibrate_(model, None if batches is None else checked(batches))
+        return pack_(model)
+    method = PTQ_METHODS[config.method]
+    passes, options = config.split_options()
+    data = None if batches is None else checked(batches, options.get("samples", method.samples))
+    passes = replace(passes, **{k: v for k, v in method.passes.items() if getattr(passes, k) is None})
+    skeleton = apply_passes_(model, passes, data[0] if data else None)
+    prepare_(model, config, skeleton)
+    method.run(model, data, **options)
+    calibrate_(model, data, method.act_rule)
     return pack_(model)
 
 
@@ -84,6 +92,7 @@ def pack_(model: nn.Module) -> R2QuantConfig:
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Turns a packed model back into a plain float one with the quantized values, in place; ties are kept."""
     pairs = tied_pairs(model) if isinstance(model, PreTrainedModel) else {}
+    skeleton = _stored_config(model).skeleton
     shared: dict[int, nn.Parameter] = {}
     for module in packed_layers(model).values():
         packed = module._parameters["weight_packed"]
@@ -91,6 +100,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
             value = module.weight.detach().clone()  # type: ignore[operator,union-attr]
             shared[id(packed)] = nn.Parameter(value.to(dtype or value.dtype))
         dequantize_layer_(module, shared[id(packed)])
+    undo_passes_(model, skeleton)
     if isinstance(model, PreTrainedModel):
         retie(model, pairs)
 

@@ -7,11 +7,12 @@ from typing import TypeVar
 
 from torch import nn
 
+from hf_r2.batches import Batches
 from hf_r2.checkpoint import finish_packed_
 from hf_r2.encoders import ENCODERS
 from hf_r2.packed_layers import is_packed
 from hf_r2.quant_config import R2QuantConfig
-from hf_r2.road import Batches, pack_, prepare_, quantize_
+from hf_r2.road import pack_, prepare_, quantize_
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -34,8 +35,8 @@ def prepare(model: M, config: R2QuantConfig) -> M:
     return model
 
 
-def quantize(model: M, config: R2QuantConfig, batches: Batches | None = None) -> M:
-    """A packed copy of the float `model`, which itself stays untouched.
+def quantize(model: M, config: R2QuantConfig, batches: Batches | None = None, *, inplace: bool = False) -> M:
+    """A packed copy of the float `model`, which itself stays untouched unless `inplace` asks for no copy.
 
     `batches` are keyword dicts for `forward` (a DataLoader, a list); they are needed for static activation ranges and by
     the methods that read layer inputs. `hf_r2.report.report(packed)` says what came out.
@@ -45,7 +46,7 @@ def quantize(model: M, config: R2QuantConfig, batches: Batches | None = None) ->
     """
     if any(is_packed(module) for module in model.modules()):
         raise ValueError("the model is packed already; quantize starts from a float model (see model.dequantize())")
-    model = copy.deepcopy(model)
+    model = model if inplace else copy.deepcopy(model)
     finish_packed_(model, quantize_(model, config, batches))
     return model
 

@@ -18,14 +18,18 @@ from tests.models import float_model, inputs_for
         ({"weight_bits": 0}, ValueError, "weight_bits must be an integer from 1 to 8, got 0"),
         ({"weight_bits": 9}, ValueError, "weight_bits must be an integer from 1 to 8, got 9"),
         ({"act_bits": 1}, ValueError, "act_bits must be 2 to 8 or None, got 1"),
-        ({"method": "magic"}, ValueError, "no method called 'magic'; there are: nearest, dkm"),
+        ({"method": "magic"}, ValueError, "no method called 'magic'; there are: nearest, mse, percentile"),
         ({"granularity": "per_row"}, ValueError, "granularity must be one of per_tensor, per_channel; got 'per_row'"),
         ({"act_range": "guess"}, ValueError, "act_range must be one of static, dynamic"),
         ({"symmetric": "yes"}, ValueError, "symmetric must be true or false"),
         ({"weight_bit": 4}, TypeError, "unknown settings weight_bit; known ones are: method, weight_bits"),
         ({"options": {"taw": 1}, "method": "dkm"}, TypeError, "no option taw; its options are: tau, tau_units"),
         ({"options": {"tau": 0}, "method": "dkm"}, ValueError, "tau must be a positive number"),
-        ({"options": {"iters": 1}}, TypeError, "method 'nearest' has no option iters; its options are: none"),
+        (
+            {"options": {"iters": 1}},
+            TypeError,
+            "method 'nearest' has no option iters; its options are: fold, equalize",
+        ),
         ({"overrides": {"a": {"bits": 3}}}, TypeError, "unknown settings bits; known ones are: weight_bits"),
         ({"overrides": {"a": {"weight_bits": 12}}}, ValueError, "weight_bits must be an integer from 1 to 8, got 12"),
         ({"skip": "classifier"}, ValueError, "skip must be a list of globs"),
@@ -81,8 +85,10 @@ def test_calibration():
             quantize(model, config, [good, bad])
     with pytest.raises(ValueError, match="batch 0: batches must be keyword dicts for forward, got Tensor"):
         quantize(model, config, [good["input_ids"]])
-    with pytest.raises(ValueError, match="brings NaN or infinity to the input of layer"):
+    with pytest.raises(ValueError, match="batch 0 holds NaN or infinity in 'pixel_values'"):
         quantize(float_model("resnet"), config, [{"pixel_values": torch.full((1, 3, 16, 16), math.nan)}])
+    with pytest.raises(ValueError, match="batch 0 brings NaN or infinity to the input of layer"):
+        quantize(float_model("resnet"), config, [{"pixel_values": torch.full((1, 3, 16, 16), 3e38)}])
     assert not packed_layers(model)  # the float model is as it was
 
 

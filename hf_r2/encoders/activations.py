@@ -6,38 +6,69 @@ import torch
 from torch import Tensor, nn
 
 from hf_r2.grid import Grid, fake_quantize, observed_range, scale_and_zero_point
+from hf_r2.ranges import mse_range, percentile_range
+
+SAMPLES, BATCHES = 1 << 14, 64  # values kept of each batch, batches that values are kept of
 
 
 class InputQuantizer(nn.Module):
     """Fake-quantizes a layer's input per tensor on an asymmetric grid that holds zero (unsigned after a ReLU).
 
-    Static: buffers `scale` and `zero_point` (float32, no dimensions), set by `calibrated`; dynamic: none, the range is
-    that of the tensor itself. Integer inputs (token ids) pass untouched.
+    Static: buffers `scale` and `zero_point` (float32, no dimensions), set by `set_range_` or from what was observed;
+    dynamic: none, the range is that of the tensor itself. Integer inputs (token ids) pass untouched.
     """
+
+    scale: Tensor | None
+    zero_point: Tensor | None
 
     def __init__(self, bits: int, act_range: str = "static"):
         super().__init__()
         self.grid = Grid(bits, symmetric=False)
         self.dynamic = act_range == "dynamic"
+        self.ready = self.dynamic  # whether there is a range
         self.observing = False
         self._low: Tensor | None = None
         self._high: Tensor | None = None
+        self._samples: list[Tensor] = []
         self.register_buffer("scale", None if self.dynamic else torch.ones(()))
         self.register_buffer("zero_point", None if self.dynamic else torch.zeros(()))
 
     def observe(self, x: Tensor) -> None:
-        """Widens the observed range by that of `x`."""
-        low, high = x.detach().float().aminmax()
+        """Widens the observed range by that of `x`, and keeps up to `SAMPLES` of its values, drawn at random."""
+        x = x.detach().float().flatten()
+        low, high = x.aminmax()
         self._low = low if self._low is None else torch.minimum(self._low, low)
         self._high = high if self._high is None else torch.maximum(self._high, high)
+        if len(self._samples) < BATCHES:
+            generator = torch.Generator().manual_seed(len(self._samples))
+            chosen = torch.randint(len(x), (min(SAMPLES, len(x)),), generator=generator)
+            self._samples.append(x[chosen.to(x.device)])
 
-    def finish(self) -> bool:
-        """Sets scale and zero point from what was observed; False where no input was seen (the range stays unset)."""
+    def is_finite(self) -> bool:
+        """False where NaN or infinity was observed."""
+        return self._low is None or self._high is None or bool(torch.isfinite(self._high - self._low))
+
+    def set_range_(self, low: Tensor, high: Tensor) -> None:
+        """Puts the grid over [low, high], tensors without dimensions."""
+        self.scale, self.zero_point = scale_and_zero_point(low, high, self.grid)
+        self.ready = True
+
+    def finish(self, rule: str = "minmax") -> bool:
+        """Sets the range from what was observed; False where no input was seen (the range stays unset).
+
+        "minmax": lowest and highest value; "mse" and "percentile": `hf_r2.ranges` on the values that were kept.
+        """
         self.observing = False
         if self._low is None or self._high is None:
             return False
-        self.scale, self.zero_point = scale_and_zero_point(self._low, self._high, self.grid)
+        low, high = self._low, self._high
+        if rule != "minmax":
+            values = torch.cat([*self._samples, low[None], high[None]])
+            search = mse_range if rule == "mse" else percentile_range
+            low, high = (end.view(()) for end in search(values, self.grid, None))
+        self.set_range_(low, high)
         self._low = self._high = None
+        self._samples = []
         return True
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
+from hf_r2.ptq.mse import mse_
 from hf_r2.ptq.nearest import nearest_
+from hf_r2.ptq.percentile import percentile_
 
 __all__ = ["PTQ_METHODS", "PTQMethod"]
 
 
 @dataclass(frozen=True)
 class PTQMethod:
-    """A function that sets ranges and roundings on a prepared model, where it comes from, and whether it needs batches."""
+    """A function that sets ranges and roundings on a prepared model, where it comes from, and what it wants.
+
+    `data_free`: works without batches. `act_rule`: how static input ranges are set afterwards (`InputQuantizer.finish`).
+    `passes`: what is done to the float model first unless the options say otherwise (`FloatPasses`). `samples`: how many
+    calibration samples it takes of the batches, None for all.
+    """
 
     run: Callable[..., None]
     paper: str
     data_free: bool = False
+    act_rule: str = "minmax"
+    passes: Mapping[str, bool] = field(default_factory=dict)
+    samples: int | None = None
 
 
 PTQ_METHODS: dict[str, PTQMethod] = {
     "nearest": PTQMethod(nearest_, "round to nearest", data_free=True),
+    "mse": PTQMethod(mse_, "arXiv:2102.05426", data_free=True, act_rule="mse"),
+    "percentile": PTQMethod(percentile_, "quantile clipping", data_free=True, act_rule="percentile"),
 }

@@ -1,0 +1,81 @@
+"""Running a model over calibration batches, with errors that name the batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+Batches = Iterable[Mapping[str, Any]]
+LABELS = ("labels", "label", "start_positions", "end_positions")
+
+
+def checked(batches: Batches | None, samples: int | None = None) -> list[dict[str, Any]]:
+    """The batches as a list, of at most `samples` samples (the first dimension of their tensors), labels left out.
+
+    Raises ValueError for no batch at all, for a batch that is no mapping, and for NaN or infinity (batch and key named). Fewer
+    samples than asked for are enough; the log says so.
+    """
+    kept: list[dict[str, Any]] = []
+    seen = 0
+    for number, batch in enumerate(batches or ()):
+        if not isinstance(batch, Mapping):
+            raise ValueError(f"batch {number}: batches must be keyword dicts for forward, got {type(batch).__name__}")
+        batch = {k: v for k, v in batch.items() if k not in LABELS}
+        for key, value in batch.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+                raise ValueError(f"batch {number} holds NaN or infinity in {key!r}")
+        size = samples_in(batch)
+        if samples is not None and seen + size > samples:
+            batch = {k: _first(v, samples - seen, size) for k, v in batch.items()}
+        kept.append(batch)
+        seen += size
+        if samples is not None and seen >= samples:
+            return kept
+    if not kept:
+        raise ValueError("calibration needs at least one batch; batches was empty")
+    if samples is not None and seen < samples:
+        logger.info("%d calibration samples, fewer than the %d asked for", seen, samples)
+    return kept
+
+
+def samples_in(batch: Mapping[str, Any]) -> int:
+    """Samples in a batch: the first dimension of its first tensor, 1 without any."""
+    return next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim() > 0), 1)
+
+
+def _first(value: Any, count: int, size: int) -> Any:
+    whole = isinstance(value, Tensor) and value.dim() > 0 and len(value) == size
+    return value[:count] if whole else value
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, each module's own mode again afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with its tensors where the model's parameters are."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def run_batch(model: nn.Module, batch: Mapping[str, Any], number: int) -> Any:
+    """`model(**batch)`; raises ValueError that says which batch the model rejected, and why."""
+    inputs = on_device(model, batch)
+    try:
+        return model(**inputs)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise ValueError(f"batch {number} (keys {', '.join(inputs)}) was rejected by the model: {error}") from error
