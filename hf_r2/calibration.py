@@ -21,6 +21,13 @@ def static_quantizers(model: nn.Module) -> dict[str, InputQuantizer]:
     return {name: quantizer for name, quantizer in found.items() if not quantizer.dynamic and not quantizer.ready}
 
 
+def await_ranges_(model: nn.Module) -> None:
+    """Lets static input quantizers pass their input on until they have a range, in place."""
+    for module in model.modules():
+        if isinstance(module, InputQuantizer) and not module.dynamic:
+            module.ready = False
+
+
 @torch.no_grad()
 def calibrate_(model: nn.Module, batches: Iterable[Mapping[str, Any]] | None, rule: str = "minmax") -> None:
     """Sets the static input ranges of a prepared model by what its layers read over `batches`, in eval mode.

@@ -7,6 +7,8 @@ has `weight` and `bias`, and code that reads `layer.weight` (tied heads, TensorF
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,6 +50,19 @@ def undress(module: nn.Module) -> None:
         if type(module) is dressed and issubclass(dressed, mixin):
             module.__class__ = base
             return
+
+
+@contextmanager
+def float_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, the prepared layers of `model` compute as before: with their float weight, their input untouched."""
+    prepared = [(module, type(module)) for module in model.modules() if is_prepared(module)]
+    for module, _ in prepared:
+        undress(module)
+    try:
+        yield
+    finally:
+        for module, dressed in prepared:
+            module.__class__ = dressed
 
 
 def is_prepared(module: nn.Module) -> bool:

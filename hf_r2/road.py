@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_r2.attach import attach_, detach_, encoded_weights, prepared_layers
 from hf_r2.batches import Batches, checked
-from hf_r2.calibration import calibrate_
+from hf_r2.calibration import await_ranges_, calibrate_
 from hf_r2.float_passes import apply_passes_, undo_passes_
 from hf_r2.layers import check_globs, first_and_last, weight_layers
 from hf_r2.names import relative_name
@@ -47,6 +47,7 @@ def quantize_(model: nn.Module, config: R2QuantConfig, batches: Batches | None) 
         raise ValueError(f"batches are needed: {config.needs_batches}")
     if config.method not in PTQ_METHODS:  # a trained encoder, used as it starts
         prepare_(model, config)
+        await_ranges_(model)
         calibrate_(model, None if batches is None else checked(batches))
         return pack_(model)
     method = PTQ_METHODS[config.method]
@@ -55,6 +56,7 @@ def quantize_(model: nn.Module, config: R2QuantConfig, batches: Batches | None) 
     passes = replace(passes, **{k: v for k, v in method.passes.items() if getattr(passes, k) is None})
     skeleton = apply_passes_(model, passes, data[0] if data else None)
     prepare_(model, config, skeleton)
+    await_ranges_(model)
     method.run(model, data, **options)
     calibrate_(model, data, method.act_rule)
     return pack_(model)

@@ -25,7 +25,7 @@ class InputQuantizer(nn.Module):
         super().__init__()
         self.grid = Grid(bits, symmetric=False)
         self.dynamic = act_range == "dynamic"
-        self.ready = self.dynamic  # whether there is a range
+        self.ready = True  # False: passes its input on until there is a range
         self.observing = False
         self._low: Tensor | None = None
         self._high: Tensor | None = None
@@ -77,6 +77,7 @@ class InputQuantizer(nn.Module):
             return x
         if self.observing:
             self.observe(x)
+        if self.observing or not self.ready:
             return x
         scale, zero_point = self.scale, self.zero_point
         if self.dynamic:

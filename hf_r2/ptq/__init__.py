@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from hf_r2.ptq.adaround import adaround_
 from hf_r2.ptq.mse import mse_
 from hf_r2.ptq.nearest import nearest_
 from hf_r2.ptq.percentile import percentile_
@@ -33,4 +34,5 @@ PTQ_METHODS: dict[str, PTQMethod] = {
     "nearest": PTQMethod(nearest_, "round to nearest", data_free=True),
     "mse": PTQMethod(mse_, "arXiv:2102.05426", data_free=True, act_rule="mse"),
     "percentile": PTQMethod(percentile_, "quantile clipping", data_free=True, act_rule="percentile"),
+    "adaround": PTQMethod(adaround_, "arXiv:2004.10568", act_rule="mse", samples=1024),
 }
