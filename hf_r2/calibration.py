@@ -21,6 +21,12 @@ def static_quantizers(model: nn.Module) -> dict[str, InputQuantizer]:
     return {name: quantizer for name, quantizer in found.items() if not quantizer.dynamic and not quantizer.ready}
 
 
+def quantizer_of(layer: nn.Module) -> InputQuantizer | None:
+    """The input quantizer of a layer, None without one."""
+    found = layer._modules.get("input_quantizer")
+    return found if isinstance(found, InputQuantizer) else None
+
+
 def await_ranges_(model: nn.Module) -> None:
     """Lets static input quantizers pass their input on until they have a range, in place."""
     for module in model.modules():

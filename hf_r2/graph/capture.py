@@ -118,9 +118,9 @@ class Relay:
                     held[index] = _empty_like(held[index])
 
     def rest(self, number: int, output: Any) -> Any:
-        """What the whole model returns if the last finished block returned `output` in batch `number`; differentiable."""
+        """What the whole model returns if the next block returned `output` in batch `number`; differentiable in it."""
         replies = self._replies(number)
-        for name in self.blocks[self.finished - 1].names:
+        for name in self.blocks[self.finished].names:
             replies[name] = output
         with _stubs(self.model, replies):
             return self.model(**on_device(self.model, self.batches[number]))

@@ -147,7 +147,7 @@ def _scale_(model: nn.Module, pair: Pair, s: Tensor) -> None:
         layer.bias.data /= s  # type: ignore[union-attr,operator]
     norm = statistics_of(layer)
     if norm is not None:
-        norm.mean, norm.std = norm.mean / s, norm.std / s  # type: ignore[operator]
+        norm.mean, norm.std, norm.gain = norm.mean / s, norm.std / s, norm.gain / s  # type: ignore[operator]
     clip = _clip(model, pair)
     if clip is not None:
         clip.bound, clip.factor = clip.bound / s, clip.factor * s

@@ -14,7 +14,8 @@ class FoldedNorm(nn.Identity):
     """Stands where a batch norm was: passes its input on, and remembers the statistics of what passes.
 
     `mean` and `std` [C]: the batch norm's beta and |gamma|, which are mean and standard deviation of each channel of the
-    convolution's output (float32, not stored; None in a model that was loaded). `added_bias`: whether the convolution
+    convolution's output, and `gain` [C], what the weights were multiplied with (float32, not stored; None in a model that was
+    loaded). `added_bias`: whether the convolution
     had no bias of its own. (The name must not hold "BatchNorm": transformers initializes what is called that.)
     """
 
@@ -24,6 +25,7 @@ class FoldedNorm(nn.Identity):
         self.added_bias = added_bias
         self.mean: Tensor | None = None
         self.std: Tensor | None = None
+        self.gain: Tensor | None = None
 
 
 def fold_(model: nn.Module, folds: Mapping[str, str]) -> None:
@@ -39,6 +41,7 @@ def fold_(model: nn.Module, folds: Mapping[str, str]) -> None:
         beta = torch.zeros_like(gamma) if norm.bias is None else norm.bias.detach()  # type: ignore[union-attr]
         folded.mean, folded.std = beta.float().clone(), gamma.float().abs()
         gain = gamma.double() * torch.rsqrt(norm.running_var.double() + norm.eps)  # type: ignore[union-attr,operator]
+        folded.gain = gain.float()
         with torch.no_grad():
             bias = torch.zeros_like(gain) if conv.bias is None else conv.bias.double()  # type: ignore[union-attr,operator]
             bias = beta.double() + (bias - norm.running_mean.double()) * gain  # type: ignore[union-attr,operator]

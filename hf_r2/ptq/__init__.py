@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from hf_r2.ptq.adaround import adaround_
 from hf_r2.ptq.mse import mse_
 from hf_r2.ptq.nearest import nearest_
+from hf_r2.ptq.pdquant import pdquant_
 from hf_r2.ptq.percentile import percentile_
 
 __all__ = ["PTQ_METHODS", "PTQMethod"]
@@ -35,4 +36,5 @@ PTQ_METHODS: dict[str, PTQMethod] = {
     "mse": PTQMethod(mse_, "arXiv:2102.05426", data_free=True, act_rule="mse"),
     "percentile": PTQMethod(percentile_, "quantile clipping", data_free=True, act_rule="percentile"),
     "adaround": PTQMethod(adaround_, "arXiv:2004.10568", act_rule="mse", samples=1024),
+    "pdquant": PTQMethod(pdquant_, "arXiv:2212.07048", act_rule="mse", samples=1024),
 }

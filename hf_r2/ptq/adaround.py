@@ -15,13 +15,14 @@ from hf_r2.attach import encoder_of, prepared_encoders, prepared_layers
 from hf_r2.batches import checked, evaluating
 from hf_r2.dressed import float_weights
 from hf_r2.encoders.affine import Affine
-from hf_r2.graph import Block, Graph, find_blocks, read_graph
-from hf_r2.graph.capture import Call, Relay, layer_inputs, run_block
+from hf_r2.graph import Graph, find_blocks, read_graph
+from hf_r2.graph.capture import layer_inputs, run_block
 from hf_r2.graph.chains import following_activation
-from hf_r2.layers import is_table
-from hf_r2.ptq.layer_error import layer_error, row_activation
+from hf_r2.layers import WeightLayer, is_table
+from hf_r2.ptq.layer_error import Calls, Gram, Rows, layer_error, row_activation
 from hf_r2.ptq.notes import Notes, fingerprint
-from hf_r2.ptq.rounding import Rounding, annealed_beta, rectified_sigmoid, regularizer
+from hf_r2.ptq.rounding import Rounding, annealed_beta
+from hf_r2.ptq.walk import Step, walk
 from hf_r2.ranges import mse_range
 
 logger = logging.getLogger(__name__)
@@ -45,13 +46,13 @@ def adaround_(
 ) -> None:
     """Learns the rounding of every layer of a prepared model, layer by layer, on the grids of least weight error.
 
-    Eq. 25: min E |f(W x) - f(W~ x^)|^2 + weight_round * sum(1 - |2 h(V) - 1|^beta), x from the float model, x^ from the part that
-    is quantized already, f the ReLU or ReLU6 that follows (`activation`; without one the error is a quadratic form and needs
-    no forward pass). `iters` Adam steps at `lr` on `rows` positions each; the regularizer sets in after the share `warmup`,
-    its exponent falls linearly over `beta`. The paper takes 10,000 steps at 1e-3; 1e-2 gets there in a tenth. Of the
+    Eq. 25: min E |f(W x) - f(W~ x^)|^2 + weight_round * sum(1 - |2 h(V) - 1|^beta), x from the float model, x^ from the
+    part that is quantized already, f the ReLU or ReLU6 that follows (`activation`; without one the error is a quadratic
+    form and needs no forward pass). `iters` Adam steps at `lr` on `rows` positions each; the regularizer sets in after the
+    share `warmup`, its exponent falls linearly over `beta`. The paper takes 10,000 steps at 1e-3; 1e-2 needs a tenth. Of the
     decided rounding and the nearest one the layer keeps that with the smaller error. Tables are rounded to nearest.
 
-    Deterministic for a `seed`. `resume_dir`: a folder where finished layers are noted; a run that was interrupted goes on there.
+    Deterministic for a `seed`. `resume_dir`: a folder where finished layers are noted; an interrupted run goes on there.
 
     Raises ValueError for a model whose graph cannot be read (see `read_graph`) and for batches that it rejects.
     """
@@ -70,57 +71,47 @@ def adaround_(
         done: set[int] = set()
         todo = [n for block in blocks for n in block.layers if n in layers and not is_table(layers[n].module)]
         with tqdm(total=len(todo), desc="adaround", unit="layer", disable=not progress) as bar:
-            for block, calls in walk(model, blocks, data):
-                for name in [n for n in block.layers if n in todo]:
+            for step in walk(model, blocks, data):
+                for name in [n for n in step.block.layers if n in todo]:
                     encoder = encoder_of(layers[name])
                     if isinstance(encoder, Affine) and id(encoder) not in done:
                         done.add(id(encoder))
-                        _round_layer_(model, graph, block, name, calls, notes, bar, options)
+                        _round_layer_(model, graph, step, layers[name], notes, bar, options)
                     bar.update()
 
 
-def walk(model: nn.Module, blocks: Sequence[Block], data: Sequence[Mapping[str, Any]]) -> Iterable[tuple[Block, Any]]:
-    """The blocks in order, each with its calls in the float and in the quantized model; outputs are passed on afterwards."""
-    true, quantized = Relay(model, blocks, data), Relay(model, blocks, data)
-    for block in blocks:
-        with float_weights(model):
-            floats = [true.call(number) for number in range(len(data))]
-        calls = [quantized.call(number) for number in range(len(data))]
-        yield block, (floats, calls)
-        with torch.no_grad():
-            with float_weights(model):
-                true.finish([run_block(model, block, call) for call in floats])
-            quantized.finish([run_block(model, block, call) for call in calls])
-
-
 def _round_layer_(
-    model: nn.Module, graph: Graph, block: Block, name: str, calls: tuple[list[Call], list[Call]],
-    notes: Notes, bar: Any, options: Mapping[str, Any],
-) -> None:  # fmt: skip
-    layer = next(layer for layer in prepared_layers(model) if layer.name == name)
+    model: nn.Module, graph: Graph, step: Step, layer: WeightLayer, notes: Notes, bar: Any, options: Mapping[str, Any]
+) -> None:
     encoder: Affine = encoder_of(layer)  # type: ignore[assignment]
-    noted = notes.read(name)
+    noted = notes.read(layer.name)
     if noted is not None:
         encoder.set_codes_(noted["codes"].to(layer.weight.device))
         return
-    follows = following_activation(graph, model, name) if options["activation"] else None
+    problem = _problem(model, graph, step, layer, options)
+    before, after = _learn_(layer.weight, encoder, problem, options)
+    bar.set_postfix_str(f"{layer.name.split('.', 1)[-1]}: {before:.3g} -> {after:.3g}", refresh=False)
+    logger.info("adaround: layer %s, output error %.4g with nearest rounding, %.4g after", layer.name, before, after)
+    notes.write(layer.name, {"codes": encoder.codes})  # type: ignore[dict-item]
+
+
+def _problem(
+    model: nn.Module, graph: Graph, step: Step, layer: WeightLayer, options: Mapping[str, Any]
+) -> Rows | Gram | Calls:
+    """The output error of a layer, fed with what it reads in the float and in the quantized model."""
+    follows = following_activation(graph, model, layer.name) if options["activation"] else None
     f = None if follows is None else row_activation(model.get_submodule(follows))
-    with float_weights(model):
-        problem = layer_error(layer.module, f, options["seed"])
-    for one, other in zip(*calls, strict=True):
-        with torch.no_grad(), float_weights(model), layer_inputs(model, name) as true:
-            run_block(model, block, one)
-        with torch.no_grad(), layer_inputs(model, name) as quantized:
-            run_block(model, block, other)
-        with float_weights(model):
+    problem = layer_error(layer.module, f, options["seed"])
+    with torch.no_grad():
+        for one, other in zip(step.floats, step.calls, strict=True):
+            with float_weights(model), layer_inputs(model, layer.name) as true:
+                run_block(model, step.block, one)
+            with layer_inputs(model, layer.name) as quantized:
+                run_block(model, step.block, other)
             for x, x_hat in zip(true, quantized, strict=True):
-                problem.add(x, x_hat, layer.weight, len(calls[0]) * len(true))
-    with float_weights(model):
-        problem.close()
-        before, after = _learn_(layer.weight, encoder, problem, options)
-    bar.set_postfix_str(f"{name.split('.', 1)[-1]}: {before:.3g} -> {after:.3g}", refresh=False)
-    logger.info("adaround: layer %s, output error %.4g with nearest rounding, %.4g after", name, before, after)
-    notes.write(name, {"codes": encoder.codes})  # type: ignore[dict-item]
+                problem.add(x, x_hat, layer.weight, len(step.calls) * len(true))
+    problem.close()
+    return problem
 
 
 def _learn_(weight: Tensor, encoder: Affine, problem: Any, options: Mapping[str, Any]) -> tuple[float, float]:
@@ -135,7 +126,7 @@ def _learn_(weight: Tensor, encoder: Affine, problem: Any, options: Mapping[str,
         optimizer.zero_grad()
         loss = problem.loss(rounding.soft(), options["rows"], generator)
         if beta is not None:
-            loss = loss + options["weight_round"] * regularizer(rectified_sigmoid(rounding.v), beta)
+            loss = loss + options["weight_round"] * rounding.penalty(beta)
         loss.backward()
         optimizer.step()
     encoder.set_codes_(rounding.codes())

@@ -1,8 +1,8 @@
 """The output error of one layer as a function of its weight: what AdaRound minimizes.
 
-Three forms of E |f(W x + b) - f(W~ x^ + b)|^2 (sum over channels, mean over positions), x the input in the float model, x^ in the
-part that is quantized already: `Gram` (no activation f: a quadratic form, no forward pass), `Rows` (positions drawn at random, with
-f), `Calls` (the layer itself, for those that do not unfold).
+Three forms of E |f(W x + b) - f(W~ x^ + b)|^2 (sum over channels, mean over positions), x the input in the float model, x^
+in the part that is quantized already: `Gram` (no activation f: a quadratic form, no forward pass), `Rows` (positions drawn
+at random, with f), `Calls` (the layer itself, for those that do not unfold).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _two(value: object) -> tuple[int, int]:
 
 
 class Rows:
-    """Positions drawn at random, the same in the float and the quantized model: inputs [n, G, d] and targets f(W x + b) [n, O]."""
+    """Positions drawn at random, the same in both models: inputs x^ [n, G, d] and targets f(W x + b) [n, O]."""
 
     def __init__(self, layer: nn.Module, activation: Activation | None, rows: int = ROWS, seed: int = 0):
         self.layer, self.f = layer, activation or (lambda y: y)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_r2.encoders.affine import Affine
 
@@ -32,33 +32,38 @@ def annealed_beta(progress: float, beta: tuple[float, float], warmup: float) -> 
     return beta[1] + (beta[0] - beta[1]) * max(0.0, 1 - (progress - warmup) / max(1 - warmup, 1e-12))
 
 
-class Rounding:
+class Rounding(nn.Module):
     """The learned rounding of one weight on the grid of its encoder, whose scale and zero point stay.
 
-    `v`: the parameter to train, in the weight's shape.
+    Stands in for the encoder while it is trained: `forward` gives the weight between two levels, differentiable in the
+    parameter `v` (in the weight's shape).
     """
 
+    floor: Tensor
+
     def __init__(self, weight: Tensor, encoder: Affine):
+        super().__init__()
         self.encoder = encoder
         scale = torch.where(encoder.scale > 0, encoder.scale, torch.ones_like(encoder.scale))
         position = weight.detach().float() / scale + encoder.zero_point
-        self.floor = position.floor()
-        self.inside = (self.floor >= encoder.grid.qmin) & (self.floor < encoder.grid.qmax)
-        self.v = start((position - self.floor).clamp(0, 1 - 1e-6)).requires_grad_(True)
+        self.register_buffer("floor", position.floor())
+        self.v = nn.Parameter(start((position - self.floor).clamp(0, 1 - 1e-6)))
 
     def soft(self) -> Tensor:
-        """The weight between two levels, differentiable in `v`."""
+        """The weight between two levels, float32; clipped weights have no gradient."""
         grid = self.encoder.grid
         codes = (self.floor + rectified_sigmoid(self.v)).clamp(grid.qmin, grid.qmax)
         return (codes - self.encoder.zero_point) * self.encoder.scale
+
+    def forward(self, w: Tensor) -> Tensor:
+        """The same, in the dtype of `w`."""
+        return self.soft().to(w.dtype)
+
+    def penalty(self, beta: float) -> Tensor:
+        """The regularizer of this weight."""
+        return regularizer(rectified_sigmoid(self.v), beta)
 
     def codes(self) -> Tensor:
         """The decided codes: up where h(V) >= 1/2, that is V >= 0."""
         grid = self.encoder.grid
         return (self.floor + (self.v >= 0)).clamp(grid.qmin, grid.qmax).to(torch.uint8)
-
-    def undecided(self) -> float:
-        """Share of the weights whose h lies in (0.05, 0.95)."""
-        with torch.no_grad():
-            h = rectified_sigmoid(self.v)
-            return float(((h > 0.05) & (h < 0.95)).float().mean()) if h.numel() else 0.0

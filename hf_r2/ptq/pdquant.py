@@ -1,0 +1,150 @@
+"""PD-Quant (arXiv:2212.07048): blocks reconstructed, with the difference that each makes to the model's prediction."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hf_r2.attach import encoder_of, prepared_encoders, prepared_layers
+from hf_r2.batches import checked, evaluating
+from hf_r2.calibration import quantizer_of
+from hf_r2.dressed import float_weights
+from hf_r2.encoders.affine import Affine
+from hf_r2.graph import find_blocks, read_graph
+from hf_r2.graph.blocks import holds_only_tables
+from hf_r2.graph.capture import run_block
+from hf_r2.layers import WeightLayer
+from hf_r2.ptq.notes import Notes, fingerprint
+from hf_r2.ptq.reconstruct import BlockProblem, Settings, layers_in, learn_block_
+from hf_r2.ptq.walk import Step, frozen, walk
+from hf_r2.ranges import mse_range
+
+logger = logging.getLogger(__name__)
+SETTINGS = ("pdquant", "qdrop", "brecq")
+
+
+def pdquant_(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]] | None = None,
+    *,
+    setting: str = "pdquant",
+    iters: int = 400,
+    lr: float = 1e-2,
+    act_lr: float = 4e-5,
+    weight_round: float = 0.01,
+    beta: Sequence[float] = (20.0, 2.0),
+    warmup: float = 0.2,
+    keep: float = 0.5,
+    prediction: float = 10.0,
+    prediction_every: int = 4,
+    temperature: float = 4.0,
+    correction: float = 0.02,
+    correction_steps: int | None = None,
+    correction_lr: float = 1e-3,
+    samples: int = 1024,
+    seed: int = 0,
+    progress: bool = True,
+    resume_dir: str | os.PathLike | None = None,
+) -> None:
+    """Learns the roundings of each block of a prepared model together, and the steps of its input quantizers.
+
+    Minimizes, block after block, the block's output error (sum over channels, mean over the rest) + `weight_round` times
+    AdaRound's regularizer + `prediction` times KL(softmax(z / `temperature`) || softmax(z_q / `temperature`)) of the model's
+    logits (eq. 5 and 6), z_q with this block quantized and the later ones in float. The prediction is taken in one step of
+    `prediction_every`, with so many times the weight: it costs a pass through the rest of the model (1: as in the paper). While
+    it trains, elements of the block's input and of its quantized activations are quantized with probability `keep` only
+    (QDrop), and the float input is first moved towards the batch norms' statistics by `correction_steps` Adam steps (eq. 8;
+    `correction` is lambda_c, which divides the distance to the original; default: 0.8 `iters` over the number of batches, the
+    paper's proportion).
+    `setting`: "qdrop" leaves prediction and correction out (arXiv:2203.05740), "brecq" dropping too: roundings first meet the
+    quantized path's inputs, activations in float (arXiv:2102.05426).
+
+    The paper trains 20,000 steps a block at 3e-3; the default is what a CPU does in minutes. One step takes one of the
+    `batches`. Deterministic for a `seed`; `resume_dir` as in `adaround_`.
+
+    Raises ValueError for an unknown setting, a model whose graph cannot be read (see `read_graph`), and batches that it
+    rejects.
+    """
+    if setting not in SETTINGS:
+        raise ValueError(f"setting must be one of {', '.join(SETTINGS)}; got {setting!r}")
+    data = checked(batches, samples)
+    plain = setting != "pdquant"
+    steps = round(0.8 * iters / len(data)) if correction_steps is None else correction_steps
+    settings = Settings(
+        iters=iters, lr=lr, act_lr=act_lr, weight_round=weight_round, beta=(beta[0], beta[1]), warmup=warmup, keep=keep,
+        mix=setting != "brecq", prediction=0.0 if plain else prediction,
+        prediction_every=prediction_every, temperature=temperature,
+        correction=None if plain else correction, correction_steps=steps, correction_lr=correction_lr, seed=seed,
+    )  # fmt: skip
+    for weight, encoder in prepared_encoders(model):
+        encoder.set_range_(*mse_range(weight, encoder.grid, encoder.axis))
+    about = fingerprint({layer.name: layer.weight for layer in prepared_layers(model)}, data)
+    notes = Notes(resume_dir, {**about, **vars(settings), "method": "pdquant", "setting": setting})
+    with evaluating(model), frozen(model):
+        with float_weights(model):
+            graph = read_graph(model, data[0])
+        blocks = find_blocks(graph, model)
+        with tqdm(total=len(blocks), desc=setting, unit="block", disable=not progress) as bar:
+            for number, step in enumerate(walk(model, blocks, data)):
+                _reconstruct_(model, step, settings, setting, notes, bar, seed + number)
+                bar.update()
+
+
+def _reconstruct_(
+    model: nn.Module, step: Step, settings: Settings, setting: str, notes: Notes, bar: Any, seed: int
+) -> None:
+    layers = layers_in(model, step.block)
+    if setting != "brecq":
+        _calibrate_(model, step, layers)
+    if not layers or holds_only_tables(step.block, model):
+        return
+    noted = notes.read(step.block.name)
+    if noted is not None:
+        _restore_(layers, noted)
+        return
+    problem = BlockProblem(model, step.block, (step.floats, step.calls), step.relay, settings)
+    before = problem.error()
+    learn_block_(problem, layers, torch.Generator().manual_seed(seed))
+    after = problem.error()
+    bar.set_postfix_str(f"{step.block.names[-1].split('.', 1)[-1]}: {before:.3g} -> {after:.3g}", refresh=False)
+    logger.info("%s: block %s, output error %.4g before, %.4g after", setting, step.block.name, before, after)
+    notes.write(step.block.name, _state(layers))
+
+
+@torch.no_grad()
+def _calibrate_(model: nn.Module, step: Step, layers: Sequence[WeightLayer]) -> None:
+    """Gives the input quantizers of a block their range, from the quantized path."""
+    waiting = [q for layer in layers if (q := quantizer_of(layer.module)) is not None and not q.ready]
+    for quantizer in waiting:
+        quantizer.observing = True
+    for call in step.calls if waiting else ():
+        run_block(model, step.block, call)
+    for quantizer in waiting:
+        quantizer.finish("mse")
+
+
+def _state(layers: Sequence[WeightLayer]) -> dict[str, Tensor]:
+    state = {}
+    for layer in layers:
+        encoder, quantizer = encoder_of(layer), quantizer_of(layer.module)
+        if isinstance(encoder, Affine) and encoder.codes is not None:
+            state[f"{layer.name}.codes"] = encoder.codes
+        if quantizer is not None and quantizer.scale is not None:
+            state[f"{layer.name}.step"] = quantizer.scale
+    return state
+
+
+def _restore_(layers: Sequence[WeightLayer], noted: Mapping[str, Tensor]) -> None:
+    for layer in layers:
+        encoder, quantizer = encoder_of(layer), quantizer_of(layer.module)
+        device = layer.weight.device
+        if isinstance(encoder, Affine) and f"{layer.name}.codes" in noted:
+            encoder.set_codes_(noted[f"{layer.name}.codes"].to(device))
+        if quantizer is not None and f"{layer.name}.step" in noted:
+            quantizer.scale = noted[f"{layer.name}.step"].to(device)
