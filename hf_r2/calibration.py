@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_r2.batches import evaluating, run_batch
 from hf_r2.encoders.activations import InputQuantizer
+from hf_r2.graph.statistics import Statistics
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,22 @@ def await_ranges_(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, InputQuantizer) and not module.dynamic:
             module.ready = False
+
+
+@torch.no_grad()
+def range_by_statistics_(model: nn.Module, statistics: Mapping[str, Statistics]) -> None:
+    """Sets the static input ranges of the layers whose input `statistics` tells about, in place."""
+    for name, quantizer in static_quantizers(model).items():
+        if name in statistics:
+            quantizer.set_range_(statistics[name].low.min(), statistics[name].high.max())
+
+
+def make_dynamic_(model: nn.Module) -> None:
+    """Lets input quantizers that still have no range take that of each batch, in place; the log names them."""
+    for name in static_quantizers(model):
+        module = model.get_submodule(name)
+        module.add_module("input_quantizer", InputQuantizer(quantizer_of(module).grid.bits, "dynamic"))  # type: ignore[union-attr]
+        logger.warning("nothing tells the range of the input of layer %s: it is that of each batch", name)
 
 
 @torch.no_grad()

@@ -137,6 +137,8 @@ class R2QuantConfig(QuantizationConfigMixin):
         """Why batches are needed, in words, or None where they are not."""
         if self.method in PTQ_METHODS and not PTQ_METHODS[self.method].data_free:
             return f"method {self.method!r} reads the inputs of the layers"
+        if self.method in PTQ_METHODS and PTQ_METHODS[self.method].data_free_ranges:
+            return None
         if any(spec.act_bits is not None and spec.act_range == "static" for spec in self._specs()):
             return "act_bits with static ranges is calibrated on them (act_range='dynamic' is not)"
         return None

@@ -12,8 +12,11 @@ from transformers import PreTrainedModel
 
 from hf_r2.attach import attach_, detach_, encoded_weights, prepared_layers
 from hf_r2.batches import Batches, checked
-from hf_r2.calibration import await_ranges_, calibrate_
+from hf_r2.calibration import await_ranges_, calibrate_, make_dynamic_, range_by_statistics_, static_quantizers
+from hf_r2.dressed import float_weights
 from hf_r2.float_passes import apply_passes_, undo_passes_
+from hf_r2.graph import example_inputs, read_graph
+from hf_r2.graph.statistics import input_statistics
 from hf_r2.layers import check_globs, first_and_last, weight_layers
 from hf_r2.names import relative_name
 from hf_r2.packed_layers import Layout, dequantize_layer_, layout_of, pack_layer_, packed_layers
@@ -58,8 +61,17 @@ def quantize_(model: nn.Module, config: R2QuantConfig, batches: Batches | None) 
     prepare_(model, config, skeleton)
     await_ranges_(model)
     method.run(model, data, **options)
+    if data is None and method.data_free_ranges:
+        _range_without_data_(model)
     calibrate_(model, data, method.act_rule)
     return pack_(model)
+
+
+def _range_without_data_(model: nn.Module) -> None:
+    if static_quantizers(model):
+        with float_weights(model):
+            range_by_statistics_(model, input_statistics(read_graph(model, example_inputs(model)), model))
+        make_dynamic_(model)
 
 
 def pack_(model: nn.Module) -> R2QuantConfig:

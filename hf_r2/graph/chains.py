@@ -19,7 +19,7 @@ SAME = {  # operations that leave every channel as it is, in eval mode
     *(aten.dropout_.default, aten.detach_.default, aten.feature_dropout.default),
 }
 SPATIAL = {  # operations within a channel that commute with a positive factor on it
-    *(aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.mean.dim),
+    *(aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default),
 }
 PADS = {aten.constant_pad_nd.default, aten.pad.default}
 FLATTEN = {aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten.squeeze.dims, aten.squeeze.dim}
@@ -100,7 +100,7 @@ def _follow(graph: Graph, model: nn.Module, name: str, node: Node, norms: set[st
             module = _own_module(graph, model, following)
             if kind is None:
                 return None
-        elif not (target in SAME or graph.module_of[following] in norms or _keeps_channels(following, node)):
+        elif not (target in SAME or graph.module_of[following] in norms or _keeps_channels(following)):
             return None
         padded |= target in PADS and any(p != 0 for p in following.args[1])  # type: ignore[union-attr]
         node = following
@@ -114,17 +114,27 @@ def _clip_kind(node: Node) -> str | None:
     return "relu6" if (low, high) == (0.0, 6.0) else None
 
 
-def _keeps_channels(node: Node, source: Node) -> bool:
+def _keeps_channels(node: Node) -> bool:
     if node.target in PADS:
         return _pads_with_zeros(node)
-    if node.target is aten.mean.dim:
-        return source.meta["val"].dim() == 4 and sorted(d % 4 for d in node.args[1]) == [2, 3]  # type: ignore[operator,union-attr,arg-type]
-    if node.target in SPATIAL:
-        return True
-    if node.target in FLATTEN:  # [N, C, 1, 1] to [N, C]
-        before, after = source.meta["val"].shape, node.meta["val"].shape
-        return len(before) == 4 and len(after) == 2 and before[2:].numel() == 1 and after[1] == before[1]
-    return False
+    return node.target in SPATIAL or is_spatial_mean(node) or is_flattening(node)
+
+
+def is_spatial_mean(node: Node) -> bool:
+    """Whether a node is the mean over the space of images [N, C, H, W]."""
+    source = node.args[0] if node.args else None
+    if node.target is not aten.mean.dim or not isinstance(source, Node):
+        return False
+    return source.meta["val"].dim() == 4 and sorted(d % 4 for d in node.args[1]) == [2, 3]  # type: ignore[operator,union-attr,arg-type]
+
+
+def is_flattening(node: Node) -> bool:
+    """Whether a node only drops the space of images of one pixel: [N, C, 1, 1] to [N, C]."""
+    source = node.args[0] if node.args else None
+    if node.target not in FLATTEN or not isinstance(source, Node):
+        return False
+    before, after = source.meta["val"].shape, node.meta["val"].shape
+    return len(before) == 4 and len(after) == 2 and before[2:].numel() == 1 and after[1] == before[1]
 
 
 def _pads_with_zeros(node: Node) -> bool:

@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from hf_r2.ptq.adaround import adaround_
+from hf_r2.ptq.dfq import dfq_
 from hf_r2.ptq.mse import mse_
 from hf_r2.ptq.nearest import nearest_
 from hf_r2.ptq.pdquant import pdquant_
 from hf_r2.ptq.percentile import percentile_
+from hf_r2.ptq.requant import requant_
+from hf_r2.ptq.squant import squant_
 
 __all__ = ["PTQ_METHODS", "PTQMethod"]
 
@@ -18,7 +21,8 @@ __all__ = ["PTQ_METHODS", "PTQMethod"]
 class PTQMethod:
     """A function that sets ranges and roundings on a prepared model, where it comes from, and what it wants.
 
-    `data_free`: works without batches. `act_rule`: how static input ranges are set afterwards (`InputQuantizer.finish`).
+    `data_free`: works without batches. `data_free_ranges`: without batches, static input ranges come from batch-norm
+    statistics, and where these tell nothing from each batch. `act_rule`: how static input ranges are set afterwards (`InputQuantizer.finish`).
     `passes`: what is done to the float model first unless the options say otherwise (`FloatPasses`). `samples`: how many
     calibration samples it takes of the batches, None for all.
     """
@@ -26,15 +30,20 @@ class PTQMethod:
     run: Callable[..., None]
     paper: str
     data_free: bool = False
+    data_free_ranges: bool = False
     act_rule: str = "minmax"
     passes: Mapping[str, bool] = field(default_factory=dict)
     samples: int | None = None
 
 
+EQUALIZED = {"equalize": True, "absorb": True}
 PTQ_METHODS: dict[str, PTQMethod] = {
     "nearest": PTQMethod(nearest_, "round to nearest", data_free=True),
     "mse": PTQMethod(mse_, "arXiv:2102.05426", data_free=True, act_rule="mse"),
     "percentile": PTQMethod(percentile_, "quantile clipping", data_free=True, act_rule="percentile"),
+    "requant": PTQMethod(requant_, "arXiv:2510.04044", data_free=True, act_rule="mse"),
+    "dfq": PTQMethod(dfq_, "arXiv:1906.04721", data_free=True, data_free_ranges=True, passes=EQUALIZED),
+    "squant": PTQMethod(squant_, "arXiv:2202.07471", data_free=True, data_free_ranges=True),
     "adaround": PTQMethod(adaround_, "arXiv:2004.10568", act_rule="mse", samples=1024),
     "pdquant": PTQMethod(pdquant_, "arXiv:2212.07048", act_rule="mse", samples=1024),
 }
