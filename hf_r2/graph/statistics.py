@@ -61,7 +61,7 @@ def clipped_normal(mean: Tensor, std: Tensor, low: Tensor, high: Tensor) -> tupl
 
 
 def input_statistics(graph: Graph, model: nn.Module) -> dict[str, Statistics]:
-    """{layer: statistics of its input} for the layers that folded batch norms tell about, by way of activations, sums and averages."""
+    """{layer: statistics of its input}, as far as folded batch norms tell, through activations, sums and averages."""
     known: dict[Node, Statistics | None] = {}
     found = {}
     for node in graph.nodes:

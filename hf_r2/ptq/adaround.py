@@ -16,12 +16,11 @@ from hf_r2.batches import checked, evaluating
 from hf_r2.dressed import float_weights
 from hf_r2.encoders.affine import Affine
 from hf_r2.graph import Graph, find_blocks, read_graph
-from hf_r2.graph.capture import layer_inputs, run_block
-from hf_r2.graph.chains import following_activation
 from hf_r2.layers import WeightLayer, is_table
-from hf_r2.ptq.layer_error import Calls, Gram, Rows, layer_error, row_activation
+from hf_r2.ptq.layer_error import Calls, Gram, Rows
+from hf_r2.ptq.learn_layer import RoundingSettings, layer_problem, learn_rounding
 from hf_r2.ptq.notes import Notes, fingerprint
-from hf_r2.ptq.rounding import Rounding, annealed_beta
+from hf_r2.ptq.rounding import Rounding
 from hf_r2.ptq.walk import Step, walk
 from hf_r2.ranges import mse_range
 
@@ -57,13 +56,14 @@ def adaround_(
     Raises ValueError for a model whose graph cannot be read (see `read_graph`) and for batches that it rejects.
     """
     data = checked(batches, samples)
-    options = {"iters": iters, "lr": lr, "weight_round": weight_round, "beta": tuple(beta), "warmup": warmup}
-    options |= {"activation": activation, "rows": rows, "seed": seed}
+    settings = RoundingSettings(
+        iters=iters, lr=lr, weight_round=weight_round, beta=tuple(beta), warmup=warmup, activation=activation, rows=rows, seed=seed
+    )  # fmt: skip
     for weight, encoder in prepared_encoders(model):
         encoder.set_range_(*mse_range(weight, encoder.grid, encoder.axis))
     layers = {layer.name: layer for layer in prepared_layers(model)}
     about = fingerprint({name: layer.weight for name, layer in layers.items()}, data)
-    notes = Notes(resume_dir, {**about, **options, "method": "adaround"})
+    notes = Notes(resume_dir, {**about, **vars(settings), "method": "adaround"})
     with evaluating(model):
         with float_weights(model):
             graph = read_graph(model, data[0])
@@ -76,62 +76,33 @@ def adaround_(
                     encoder = encoder_of(layers[name])
                     if isinstance(encoder, Affine) and id(encoder) not in done:
                         done.add(id(encoder))
-                        _round_layer_(model, graph, step, layers[name], notes, bar, options)
+                        _round_layer_(model, graph, step, layers[name], notes, bar, settings)
                     bar.update()
 
 
 def _round_layer_(
-    model: nn.Module, graph: Graph, step: Step, layer: WeightLayer, notes: Notes, bar: Any, options: Mapping[str, Any]
+    model: nn.Module, graph: Graph, step: Step, layer: WeightLayer, notes: Notes, bar: Any, settings: RoundingSettings
 ) -> None:
     encoder: Affine = encoder_of(layer)  # type: ignore[assignment]
     noted = notes.read(layer.name)
     if noted is not None:
         encoder.set_codes_(noted["codes"].to(layer.weight.device))
         return
-    problem = _problem(model, graph, step, layer, options)
-    before, after = _learn_(layer.weight, encoder, problem, options)
+    problem = layer_problem(model, graph, step, layer, settings)
+    with float_weights(model):
+        rounding = learn_rounding(layer.weight, encoder, problem, settings)
+        before, after = _settle_(layer.weight, encoder, rounding, problem)
     bar.set_postfix_str(f"{layer.name.split('.', 1)[-1]}: {before:.3g} -> {after:.3g}", refresh=False)
     logger.info("adaround: layer %s, output error %.4g with nearest rounding, %.4g after", layer.name, before, after)
     notes.write(layer.name, {"codes": encoder.codes})  # type: ignore[dict-item]
 
 
-def _problem(
-    model: nn.Module, graph: Graph, step: Step, layer: WeightLayer, options: Mapping[str, Any]
-) -> Rows | Gram | Calls:
-    """The output error of a layer, fed with what it reads in the float and in the quantized model."""
-    follows = following_activation(graph, model, layer.name) if options["activation"] else None
-    f = None if follows is None else row_activation(model.get_submodule(follows))
-    problem = layer_error(layer.module, f, options["seed"])
-    with torch.no_grad():
-        for one, other in zip(step.floats, step.calls, strict=True):
-            with float_weights(model), layer_inputs(model, layer.name) as true:
-                run_block(model, step.block, one)
-            with layer_inputs(model, layer.name) as quantized:
-                run_block(model, step.block, other)
-            for x, x_hat in zip(true, quantized, strict=True):
-                problem.add(x, x_hat, layer.weight, len(step.calls) * len(true))
-    problem.close()
-    return problem
-
-
-def _learn_(weight: Tensor, encoder: Affine, problem: Any, options: Mapping[str, Any]) -> tuple[float, float]:
-    """Trains the rounding and pins it; returns the error of nearest rounding and the one reached."""
+@torch.no_grad()
+def _settle_(weight: Tensor, encoder: Affine, rounding: Rounding, problem: Rows | Gram | Calls) -> tuple[float, float]:
+    """Pins the learned codes, or the nearest where these are better; returns the error of the nearest and of the pinned."""
     nearest = encoder.encode(weight)
-    before = problem.error(nearest.decode())
-    rounding = Rounding(weight, encoder)
-    optimizer = torch.optim.Adam([rounding.v], lr=options["lr"])
-    generator = torch.Generator().manual_seed(options["seed"])
-    for step in range(options["iters"]):
-        beta = annealed_beta(step / options["iters"], options["beta"], options["warmup"])
-        optimizer.zero_grad()
-        loss = problem.loss(rounding.soft(), options["rows"], generator)
-        if beta is not None:
-            loss = loss + options["weight_round"] * rounding.penalty(beta)
-        loss.backward()
-        optimizer.step()
     encoder.set_codes_(rounding.codes())
-    after = problem.error(encoder.encode(weight).decode())
+    before, after = problem.error(nearest.decode()), problem.error(encoder.encode(weight).decode())
     if after > before:
         encoder.set_codes_(nearest.codes)
-        after = before
-    return before, after
+    return before, min(before, after)

@@ -16,16 +16,18 @@ from hf_r2.batches import checked, evaluating
 from hf_r2.calibration import quantizer_of
 from hf_r2.dressed import float_weights
 from hf_r2.encoders.affine import Affine
-from hf_r2.graph import find_blocks, read_graph
+from hf_r2.graph import Graph, find_blocks, read_graph
 from hf_r2.graph.blocks import holds_only_tables
 from hf_r2.graph.capture import run_block
-from hf_r2.layers import WeightLayer
+from hf_r2.layers import WeightLayer, is_table
+from hf_r2.ptq.learn_layer import RoundingSettings, layer_problem, learn_rounding
 from hf_r2.ptq.notes import Notes, fingerprint
 from hf_r2.ptq.reconstruct import BlockProblem, Settings, layers_in, learn_block_
 from hf_r2.ptq.walk import Step, frozen, walk
 from hf_r2.ranges import mse_range
 
 logger = logging.getLogger(__name__)
+SLOPE = 1.5  # |V| at which a decided rounding begins: h is 0.12 or 0.88 there
 SETTINGS = ("pdquant", "qdrop", "brecq")
 
 
@@ -34,6 +36,7 @@ def pdquant_(
     batches: Iterable[Mapping[str, Any]] | None = None,
     *,
     setting: str = "pdquant",
+    start_iters: int = 300,
     iters: int = 400,
     lr: float = 1e-2,
     act_lr: float = 4e-5,
@@ -82,23 +85,29 @@ def pdquant_(
         prediction_every=prediction_every, temperature=temperature,
         correction=None if plain else correction, correction_steps=steps, correction_lr=correction_lr, seed=seed,
     )  # fmt: skip
+    first = RoundingSettings(
+        iters=start_iters, lr=1e-2, weight_round=weight_round, beta=tuple(beta), warmup=warmup, activation=True, rows=1024, seed=seed
+    )  # fmt: skip
     for weight, encoder in prepared_encoders(model):
         encoder.set_range_(*mse_range(weight, encoder.grid, encoder.axis))
     about = fingerprint({layer.name: layer.weight for layer in prepared_layers(model)}, data)
-    notes = Notes(resume_dir, {**about, **vars(settings), "method": "pdquant", "setting": setting})
+    notes = Notes(
+        resume_dir, {**about, **vars(settings), "method": "pdquant", "setting": setting, "start": start_iters}
+    )
     with evaluating(model), frozen(model):
         with float_weights(model):
             graph = read_graph(model, data[0])
         blocks = find_blocks(graph, model)
         with tqdm(total=len(blocks), desc=setting, unit="block", disable=not progress) as bar:
             for number, step in enumerate(walk(model, blocks, data)):
-                _reconstruct_(model, step, settings, setting, notes, bar, seed + number)
+                _reconstruct_(model, graph, step, settings, first, setting, notes, bar, seed + number)
                 bar.update()
 
 
 def _reconstruct_(
-    model: nn.Module, step: Step, settings: Settings, setting: str, notes: Notes, bar: Any, seed: int
-) -> None:
+    model: nn.Module, graph: Graph, step: Step, settings: Settings, first: RoundingSettings, setting: str, notes: Notes,
+    bar: Any, seed: int,
+) -> None:  # fmt: skip
     layers = layers_in(model, step.block)
     if setting != "brecq":
         _calibrate_(model, step, layers)
@@ -110,11 +119,32 @@ def _reconstruct_(
         return
     problem = BlockProblem(model, step.block, (step.floats, step.calls), step.relay, settings)
     before = problem.error()
-    learn_block_(problem, layers, torch.Generator().manual_seed(seed))
+    starts = _starts(model, graph, step, layers, first) if first.iters > 0 else {}
+    learn_block_(problem, layers, starts, torch.Generator().manual_seed(seed))
     after = problem.error()
     bar.set_postfix_str(f"{step.block.names[-1].split('.', 1)[-1]}: {before:.3g} -> {after:.3g}", refresh=False)
     logger.info("%s: block %s, output error %.4g before, %.4g after", setting, step.block.name, before, after)
     notes.write(step.block.name, _state(layers))
+
+
+def _starts(
+    model: nn.Module, graph: Graph, step: Step, layers: Sequence[WeightLayer], first: RoundingSettings
+) -> dict[str, Tensor]:
+    """Where the roundings of a block's layers begin: AdaRound's, drawn back to where the sigmoid still has a slope."""
+    starts = {}
+    for layer in layers:
+        encoder = encoder_of(layer)
+        if not isinstance(encoder, Affine) or encoder.codes is not None or is_table(layer.module):
+            continue
+        problem = layer_problem(model, graph, step, layer, first)
+        with float_weights(model):
+            rounding = learn_rounding(layer.weight, encoder, problem, first)
+        starts[layer.name] = rounding.v.detach().clamp(-SLOPE, SLOPE)
+        encoder.set_codes_(rounding.codes())  # what the layers after it in the block see meanwhile
+    for layer in layers:
+        if layer.name in starts:
+            encoder_of(layer).codes = None  # type: ignore[assignment]
+    return starts
 
 
 @torch.no_grad()

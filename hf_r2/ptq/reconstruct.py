@@ -135,10 +135,15 @@ def main_logits(output: Any) -> Tensor:
     return main_tensor(output) if logits is None else logits
 
 
-def learn_block_(problem: BlockProblem, layers: Sequence[WeightLayer], generator: torch.Generator) -> None:
-    """Trains the roundings of `layers` and the steps of their input quantizers, in place, and pins both."""
+def learn_block_(
+    problem: BlockProblem, layers: Sequence[WeightLayer], starts: Mapping[str, Tensor], generator: torch.Generator
+) -> None:
+    """Trains the roundings of `layers` and the steps of their input quantizers, in place, and pins both.
+
+    `starts`: where the roundings of some layers begin, by layer name; the others begin at the float weight.
+    """
     model, s = problem.model, problem.settings
-    roundings = _install_(model, layers)
+    roundings = _install_(model, layers, starts)
     steps = _learn_steps_(layers, generator)
     optimizer = torch.optim.Adam([r.v for r in roundings.values()], lr=s.lr)
     act_optimizer = torch.optim.Adam([step.scale for step in steps.values()], lr=s.act_lr) if steps else None
@@ -171,12 +176,14 @@ def learn_block_(problem: BlockProblem, layers: Sequence[WeightLayer], generator
         layer.module._modules["input_quantizer"] = step.settle_()
 
 
-def _install_(model: nn.Module, layers: Sequence[WeightLayer]) -> dict[WeightLayer, Rounding]:
+def _install_(
+    model: nn.Module, layers: Sequence[WeightLayer], starts: Mapping[str, Tensor]
+) -> dict[WeightLayer, Rounding]:
     roundings = {}
     for layer in layers:
         encoder = encoder_of(layer)
         if isinstance(encoder, Affine) and encoder.codes is None and not is_table(layer.module):
-            roundings[layer] = Rounding(layer.weight, encoder)
+            roundings[layer] = Rounding(layer.weight, encoder, starts.get(layer.name))
             replace_encoder_(model, layer, roundings[layer])
     return roundings
 

@@ -36,18 +36,18 @@ class Rounding(nn.Module):
     """The learned rounding of one weight on the grid of its encoder, whose scale and zero point stay.
 
     Stands in for the encoder while it is trained: `forward` gives the weight between two levels, differentiable in the
-    parameter `v` (in the weight's shape).
+    parameter `v` (in the weight's shape), which starts at the float weight unless it is given.
     """
 
     floor: Tensor
 
-    def __init__(self, weight: Tensor, encoder: Affine):
+    def __init__(self, weight: Tensor, encoder: Affine, v: Tensor | None = None):
         super().__init__()
         self.encoder = encoder
         scale = torch.where(encoder.scale > 0, encoder.scale, torch.ones_like(encoder.scale))
         position = weight.detach().float() / scale + encoder.zero_point
         self.register_buffer("floor", position.floor())
-        self.v = nn.Parameter(start((position - self.floor).clamp(0, 1 - 1e-6)))
+        self.v = nn.Parameter(start((position - self.floor).clamp(0, 1 - 1e-6)) if v is None else v)
 
     def soft(self) -> Tensor:
         """The weight between two levels, float32; clipped weights have no gradient."""
