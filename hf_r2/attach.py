@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from hf_r2.dressed import ENCODER, EncodedWeight, dress, is_prepared, undress
+from hf_r2.dressed import ENCODER, FLOAT_BIAS, EncodedWeight, dress, is_prepared, undress
 from hf_r2.encoders import ENCODERS, Affine, Encoded
 from hf_r2.encoders.activations import InputQuantizer
 from hf_r2.layers import WeightLayer, is_table, weight_layers
@@ -136,3 +136,4 @@ def detach_(module: nn.Module) -> None:
     undress(module)
     module._modules.pop("weight_encoder", None)
     module.__dict__.pop(ENCODER, None)
+    module.__dict__.pop(FLOAT_BIAS, None)

@@ -196,6 +196,8 @@ def finish_packed_(model: nn.Module, config: R2QuantConfig) -> None:
         model.config.quantization_config = config
         model.config._is_quantized = True
         model.save_pretrained = types.MethodType(save_beside, model)  # type: ignore[method-assign]
+    else:
+        model.__dict__["r2_quant_config"] = config
 
 
 if (

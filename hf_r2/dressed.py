@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 ENCODER = "weight_encoder_of_group"  # attribute that leads a layer to the encoder it shares with those tied to it
+FLOAT_BIAS = "bias_before_correction"
 _CLASSES: dict[tuple[type, type], type] = {}
 
 
@@ -54,15 +55,27 @@ def undress(module: nn.Module) -> None:
 
 @contextmanager
 def float_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, the prepared layers of `model` compute as before: with their float weight, their input untouched."""
+    """Inside, the prepared layers of `model` compute as before: with float weight and bias, their input untouched."""
     prepared = [(module, type(module)) for module in model.modules() if is_prepared(module)]
+    corrected: list[Any] = [(module, module.bias.data) for module, _ in prepared if FLOAT_BIAS in module.__dict__]
     for module, _ in prepared:
         undress(module)
+    for module, _ in corrected:
+        module.bias.data = module.__dict__[FLOAT_BIAS]  # type: ignore[union-attr,assignment]
     try:
         yield
     finally:
+        for module, bias in corrected:
+            module.bias.data = bias  # type: ignore[union-attr,assignment]
         for module, dressed in prepared:
             module.__class__ = dressed
+
+
+def set_bias_(module: nn.Module, bias: Tensor) -> None:
+    """Gives a prepared layer another bias, in place; inside `float_weights` it still has its own."""
+    old: nn.Parameter = module.bias  # type: ignore[assignment]
+    module.__dict__.setdefault(FLOAT_BIAS, old.data)
+    old.data = bias.detach().to(old.dtype).clone()
 
 
 def is_prepared(module: nn.Module) -> bool:

@@ -15,7 +15,8 @@ def report(model: nn.Module) -> dict[str, Any]:
 
     Keys: `bits_per_weight` (effective, over all packed weights), `bits_per_weight_all` (weights left in float counted
     with their own width), `size_bytes` (all tensors of the checkpoint), `float16_bytes`, `compression` (against float16),
-    `first_layer`, `last_layer` (name and bits, 16 or 32 if left in float), `policy`, `layers` (list of name, kind, shape,
+    `first_layer`, `last_layer` (name and bits, 16 or 32 if left in float), `policy`, `notes` (what folding and equalization
+    did, what became of ReLU6, which pairs were left alone), `layers` (list of name, kind, shape,
     bits, bits_per_weight).
 
     Raises ValueError for a model that is not packed.
@@ -50,6 +51,7 @@ def report(model: nn.Module) -> dict[str, Any]:
         "first_layer": first,
         "last_layer": last,
         "policy": _policy(first, last, rows),
+        "notes": list(_skeleton(model).get("notes", [])),
         "layers": rows,
     }
 
@@ -61,6 +63,13 @@ def _unique_bytes(model: nn.Module) -> int:
 
 def _float_elements(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.is_floating_point())
+
+
+def _skeleton(model: nn.Module) -> dict[str, Any]:
+    config = getattr(getattr(model, "config", None), "quantization_config", None) or model.__dict__.get(
+        "r2_quant_config"
+    )
+    return getattr(config, "skeleton", None) or {}
 
 
 def _ends(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:

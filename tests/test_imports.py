@@ -23,7 +23,7 @@ LEVELS = [
     {"encoders/__init__", "training_args", "graph/equalize", "graph/__init__", "graph/capture", "ptq/notes"},
     {"attach", "packed_layers", "trainer", "float_passes", "graph/statistics", "ptq/layer_error", "ptq/rounding"},
     {"calibration", "ptq/learned_step", "ptq/distribution", "ptq/walk"},
-    {"ptq/learn_layer"},
+    {"ptq/learn_layer", "ptq/bias"},
     {
         "ptq/nearest",
         "ptq/mse",

@@ -14,7 +14,7 @@ from hf_r2.layers import CONVOLUTIONS, TRANSPOSED, is_transformers_conv1d
 
 RELU6 = ("clip", "replace", "skip")
 SWEEPS, STILL = 200, 1e-6  # sweeps over all pairs at most; the change of a factor below which nothing moves any more
-FARTHEST = 1e8  # no factor beyond this or below its inverse
+DEAD = 1e-12  # a channel whose range is below this share of the layer's on either side is left alone
 
 
 class ClippedReLU(nn.Module):
@@ -61,7 +61,7 @@ def equalize_(model: nn.Module, pairs: Iterable[Pair], relu6: str = "clip", abso
     that of the second (eq. 15), where batch-norm statistics are known and no zeros are padded in between.
 
     `relu6`: "clip" puts a `ClippedReLU` in its place (the function is kept exactly), "replace" a ReLU (as in the paper:
-    values above 6 come through), "skip" leaves such pairs alone. Dead channels (all-zero on a side) keep factor 1.
+    values above 6 come through), "skip" leaves such pairs alone. Dead channels (all but zero on a side) keep factor 1.
     """
     done = Equalized()
     chosen = [pair for pair in pairs if _usable(model, pair, relu6, done)]
@@ -131,8 +131,8 @@ def _equalize_pair_(model: nn.Module, pair: Pair) -> float:
     """Returns the largest change of a channel, as |log s|."""
     first, second = _weight(model, pair.first), _weight(model, pair.second)
     r1, r2 = first.abs().amax((2, 3)).flatten(), second.abs().amax((1, 3)).flatten()
-    s = (r1 / r2).sqrt().double()
-    s = torch.where(torch.isfinite(s) & (s > 0), s, torch.ones_like(s)).clamp(1 / FARTHEST, FARTHEST).to(first.dtype)
+    alive = (r1 > DEAD * r1.max()) & (r2 > DEAD * r2.max())
+    s = torch.where(alive, (r1 / r2).sqrt(), torch.ones_like(r1))
     _scale_(model, pair, s)
     return float(s.log().abs().max())
 

@@ -13,10 +13,10 @@ from hf_r2.layers import channel_axis
 class FoldedNorm(nn.Identity):
     """Stands where a batch norm was: passes its input on, and remembers the statistics of what passes.
 
-    `mean` and `std` [C]: the batch norm's beta and |gamma|, which are mean and standard deviation of each channel of the
-    convolution's output, and `gain` [C], what the weights were multiplied with (float32, not stored; None in a model that was
-    loaded). `added_bias`: whether the convolution
-    had no bias of its own. (The name must not hold "BatchNorm": transformers initializes what is called that.)
+    `mean` and `std` [C] of each channel of the convolution's output: the batch norm's beta, and |gamma| sqrt(var / (var + eps))
+    (a dead channel has no variance, whatever its gamma); `gain` [C], what the weights were multiplied with (all float32, not
+    stored; None in a model that was loaded). `added_bias`: whether the convolution had no bias of its own. (The name must not
+    hold "BatchNorm": transformers initializes what is called that.)
     """
 
     def __init__(self, norm: nn.Module, added_bias: bool):
@@ -39,8 +39,10 @@ def fold_(model: nn.Module, folds: Mapping[str, str]) -> None:
         folded = FoldedNorm(norm, conv.bias is None)
         gamma = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight.detach()  # type: ignore[arg-type]
         beta = torch.zeros_like(gamma) if norm.bias is None else norm.bias.detach()  # type: ignore[union-attr]
-        folded.mean, folded.std = beta.float().clone(), gamma.float().abs()
-        gain = gamma.double() * torch.rsqrt(norm.running_var.double() + norm.eps)  # type: ignore[union-attr,operator]
+        var = norm.running_var.double()  # type: ignore[union-attr,operator]
+        folded.mean = beta.float().clone()
+        folded.std = (gamma.double().abs() * (var / (var + norm.eps)).sqrt()).float()  # type: ignore[operator]
+        gain = gamma.double() * torch.rsqrt(var + norm.eps)  # type: ignore[operator]
         folded.gain = gain.float()
         with torch.no_grad():
             bias = torch.zeros_like(gain) if conv.bias is None else conv.bias.double()  # type: ignore[union-attr,operator]

@@ -22,9 +22,9 @@ class PTQMethod:
     """A function that sets ranges and roundings on a prepared model, where it comes from, and what it wants.
 
     `data_free`: works without batches. `data_free_ranges`: without batches, static input ranges come from batch-norm
-    statistics, and where these tell nothing from each batch itself. `act_rule`: how static input ranges are set afterwards (`InputQuantizer.finish`).
-    `passes`: what is done to the float model first unless the options say otherwise (`FloatPasses`). `samples`: how many
-    calibration samples it takes of the batches, None for all.
+    statistics, and where these tell nothing from each batch itself. `act_rule`: how static input ranges are set
+    afterwards (`InputQuantizer.finish`). `passes`: what is done to the float model first unless the options say otherwise
+    (`FloatPasses`). `samples`: how many calibration samples it takes of the batches, None for all.
     """
 
     run: Callable[..., None]

@@ -13,12 +13,12 @@ from tqdm.auto import tqdm
 
 from hf_r2.attach import encoder_of, prepared_encoders, prepared_layers
 from hf_r2.batches import checked, evaluating
-from hf_r2.dressed import float_weights
+from hf_r2.dressed import float_weights, set_bias_
 from hf_r2.encoders.affine import Affine
 from hf_r2.graph import Graph, find_blocks, read_graph
 from hf_r2.layers import WeightLayer, is_table
 from hf_r2.ptq.layer_error import Calls, Gram, Rows
-from hf_r2.ptq.learn_layer import RoundingSettings, layer_problem, learn_rounding
+from hf_r2.ptq.learn_layer import RoundingSettings, correct_bias_, layer_problem, learn_rounding
 from hf_r2.ptq.notes import Notes, fingerprint
 from hf_r2.ptq.rounding import Rounding
 from hf_r2.ptq.walk import Step, walk
@@ -31,12 +31,13 @@ def adaround_(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]] | None = None,
     *,
-    iters: int = 1000,
-    lr: float = 1e-2,
+    iters: int = 500,
+    lr: float = 3e-2,
     weight_round: float = 0.01,
     beta: Sequence[float] = (20.0, 2.0),
     warmup: float = 0.2,
     activation: bool = True,
+    correct_bias: bool = True,
     rows: int = 1024,
     samples: int = 1024,
     seed: int = 0,
@@ -48,8 +49,10 @@ def adaround_(
     Eq. 25: min E |f(W x) - f(W~ x^)|^2 + weight_round * sum(1 - |2 h(V) - 1|^beta), x from the float model, x^ from the
     part that is quantized already, f the ReLU or ReLU6 that follows (`activation`; without one the error is a quadratic
     form and needs no forward pass). `iters` Adam steps at `lr` on `rows` positions each; the regularizer sets in after the
-    share `warmup`, its exponent falls linearly over `beta`. The paper takes 10,000 steps at 1e-3; 1e-2 needs a tenth. Of the
-    decided rounding and the nearest one the layer keeps that with the smaller error. Tables are rounded to nearest.
+    share `warmup`, its exponent falls linearly over `beta`. The paper takes 10,000 steps at 1e-3. Of the
+    decided rounding and the nearest one the layer keeps that with the smaller error. `correct_bias`: the bias makes up for the
+    mean of the error, so that the rounding is learned for what is left of it (not in the paper; costs nothing). Tables are
+    rounded to nearest.
 
     Deterministic for a `seed`. `resume_dir`: a folder where finished layers are noted; an interrupted run goes on there.
 
@@ -57,7 +60,8 @@ def adaround_(
     """
     data = checked(batches, samples)
     settings = RoundingSettings(
-        iters=iters, lr=lr, weight_round=weight_round, beta=tuple(beta), warmup=warmup, activation=activation, rows=rows, seed=seed
+        iters=iters, lr=lr, weight_round=weight_round, beta=(beta[0], beta[1]), warmup=warmup, activation=activation,
+        correct_bias=correct_bias, rows=rows, seed=seed,
     )  # fmt: skip
     for weight, encoder in prepared_encoders(model):
         encoder.set_range_(*mse_range(weight, encoder.grid, encoder.axis))
@@ -87,14 +91,18 @@ def _round_layer_(
     noted = notes.read(layer.name)
     if noted is not None:
         encoder.set_codes_(noted["codes"].to(layer.weight.device))
+        if "bias" in noted:
+            set_bias_(layer.module, noted["bias"].to(layer.weight.device))
         return
     problem = layer_problem(model, graph, step, layer, settings)
     with float_weights(model):
         rounding = learn_rounding(layer.weight, encoder, problem, settings)
         before, after = _settle_(layer.weight, encoder, rounding, problem)
+    correct_bias_(layer.module, problem, encoder.encode(layer.weight).decode())
     bar.set_postfix_str(f"{layer.name.split('.', 1)[-1]}: {before:.3g} -> {after:.3g}", refresh=False)
     logger.info("adaround: layer %s, output error %.4g with nearest rounding, %.4g after", layer.name, before, after)
-    notes.write(layer.name, {"codes": encoder.codes})  # type: ignore[dict-item]
+    noted = {"codes": encoder.codes, "bias": layer.module._parameters.get("bias")}
+    notes.write(layer.name, {key: value.detach() for key, value in noted.items() if value is not None})
 
 
 @torch.no_grad()

@@ -7,19 +7,19 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from hf_r2.attach import encoder_of, prepared_layers
 from hf_r2.batches import checked, evaluating
 from hf_r2.calibration import range_by_statistics_
-from hf_r2.dressed import float_weights
+from hf_r2.dressed import float_weights, set_bias_
 from hf_r2.graph import example_inputs, find_blocks, read_graph
-from hf_r2.graph.capture import Call, run_block
 from hf_r2.graph.equalize import grouped
 from hf_r2.graph.statistics import Statistics, input_statistics
-from hf_r2.layers import CONVOLUTIONS, TRANSPOSED, WeightLayer, is_table
-from hf_r2.ptq.walk import Step, walk
+from hf_r2.layers import WeightLayer, is_table
+from hf_r2.ptq.bias import match_mean_
+from hf_r2.ptq.walk import walk
 
 logger = logging.getLogger(__name__)
 CORRECTIONS = ("analytic", "empirical", "none")
@@ -64,7 +64,7 @@ def dfq_(
             with tqdm(total=len(layers), desc="dfq", unit="layer", disable=not progress) as bar:
                 for step in walk(model, find_blocks(graph, model), data):
                     for name in [name for name in step.block.layers if name in layers]:
-                        _correct_empirical_(model, step, layers[name])
+                        match_mean_(model, step, layers[name])
                         bar.update()
 
 
@@ -76,34 +76,5 @@ def _correct_analytic_(layer: WeightLayer, statistics: Statistics | None) -> int
         return 0
     error = encoder_of(layer).encode(layer.weight).decode() - layer.weight.float()  # type: ignore[operator]
     kernels = grouped(layer.module, error).sum(3)  # [groups, out / groups, in / groups]
-    bias -= (kernels * statistics.mean.view(kernels.shape[0], 1, -1)).sum(2).flatten().to(bias.dtype)
+    set_bias_(layer.module, bias - (kernels * statistics.mean.view(kernels.shape[0], 1, -1)).sum(2).flatten())
     return 1
-
-
-@torch.no_grad()
-def _correct_empirical_(model: nn.Module, step: Step, layer: WeightLayer) -> None:
-    bias = layer.module._parameters.get("bias")
-    if bias is None:
-        return
-    with float_weights(model):
-        true = mean_output(model, step, step.floats, layer)
-    bias -= (mean_output(model, step, step.calls, layer) - true).to(bias.dtype)
-
-
-def mean_output(model: nn.Module, step: Step, calls: list[Call], layer: WeightLayer) -> Tensor:
-    """The mean of each output channel of a layer over the calls of its block."""
-    axis = 1 if isinstance(layer.module, (*CONVOLUTIONS, *TRANSPOSED)) else -1
-    sums: list[tuple[Tensor, int]] = []
-
-    def add(_: nn.Module, __: Any, output: Tensor) -> None:
-        rows = output.detach().movedim(axis, -1).reshape(-1, output.shape[axis])
-        sums.append((rows.double().sum(0), len(rows)))
-
-    handle = layer.module.register_forward_hook(add)
-    try:
-        for call in calls:
-            run_block(model, step.block, call)
-    finally:
-        handle.remove()
-    total, count = sum((s for s, _ in sums), torch.zeros(())), sum(n for _, n in sums)
-    return total / max(1, count)  # type: ignore[operator]

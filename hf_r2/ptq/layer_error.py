@@ -2,7 +2,8 @@
 
 Three forms of E |f(W x + b) - f(W~ x^ + b)|^2 (sum over channels, mean over positions), x the input in the float model, x^
 in the part that is quantized already: `Gram` (no activation f: a quadratic form, no forward pass), `Rows` (positions drawn
-at random, with f), `Calls` (the layer itself, for those that do not unfold).
+at random, with f), `Calls` (the layer itself, for those that do not unfold). With `correct_bias` the first two take the error
+that is left when the bias makes up for the mean: W~ (x^ - E x^) + E[W x + b] in place of W~ x^ + b.
 """
 
 from __future__ import annotations
@@ -58,10 +59,17 @@ def _two(value: object) -> tuple[int, int]:
 
 
 class Rows:
-    """Positions drawn at random, the same in both models: inputs x^ [n, G, d] and targets f(W x + b) [n, O]."""
+    """Positions drawn at random, the same in both models: inputs x^ [n, G, d] and targets W x + b [n, O]."""
 
-    def __init__(self, layer: nn.Module, activation: Activation | None, rows: int = ROWS, seed: int = 0):
-        self.layer, self.f = layer, activation or (lambda y: y)
+    def __init__(
+        self,
+        layer: nn.Module,
+        activation: Activation | None,
+        correct_bias: bool = False,
+        rows: int = ROWS,
+        seed: int = 0,
+    ):
+        self.layer, self.f, self.correct_bias = layer, activation or (lambda y: y), correct_bias
         self.bias = None if layer.bias is None else layer.bias.detach().float()  # type: ignore[union-attr,operator]
         self.rows, self.generator = rows, torch.Generator().manual_seed(seed)
         self._x: list[Tensor] = []
@@ -79,12 +87,22 @@ class Rows:
                 chosen = torch.randperm(len(a), generator=self.generator)[:count].to(a.device)
                 b = patches(self.layer, other, chosen)
                 self._x.append(b)
-                self._y.append(self.f(self._apply(a[chosen], w)))
+                self._y.append(self._apply(a[chosen], w))
 
     def close(self) -> None:
         """After the last call: everything in one piece."""
-        self.x, self.y = torch.cat(self._x), torch.cat(self._y)
+        self.x, y = torch.cat(self._x), torch.cat(self._y)
         self._x, self._y = [], []
+        if self.correct_bias:
+            self.center, self.bias = self.x.mean(0), y.mean(0)
+            self.x -= self.center
+        self.y = self.f(y)
+
+    def corrected_bias(self, weight: Tensor) -> Tensor:
+        """The bias that makes up for the mean error of this weight: E[W x + b] - W~ E[x^]."""
+        assert self.correct_bias and self.bias is not None
+        w = matrix(self.layer, weight.float())
+        return self.bias - torch.einsum("gd,god->go", self.center, w).flatten()
 
     def _apply(self, x: Tensor, w: Tensor) -> Tensor:
         out = torch.bmm(x.transpose(0, 1), w.transpose(1, 2)).transpose(0, 1).reshape(len(x), -1)
@@ -108,8 +126,9 @@ class Rows:
 class Gram:
     """Without an activation: tr(W~ H W~') - 2 tr(P W~') + E |y|^2 with H = E[x^ x^'], P = E[y x^'], y = W x."""
 
-    def __init__(self, layer: nn.Module, rows: int = 4 * ROWS, seed: int = 0):
+    def __init__(self, layer: nn.Module, correct_bias: bool = False, rows: int = 4 * ROWS, seed: int = 0):
         self.layer, self.rows, self.generator = layer, rows, torch.Generator().manual_seed(seed)
+        self.correct_bias = correct_bias
         self.count = 0
 
     def add(self, x: Tensor, quantized: Tensor, weight: Tensor, calls: int) -> None:
@@ -119,6 +138,7 @@ class Gram:
             if self.count == 0:
                 groups, out, d = w.shape
                 self.h, self.p, self.yy = w.new_zeros(groups, d, d), w.new_zeros(groups, out, d), 0.0
+                self.mean_x, self.mean_y = w.new_zeros(groups, d), w.new_zeros(groups, out)
             parts = _parts(self.layer, x)
             for one, other in zip(x.split(parts), quantized.split(parts), strict=True):
                 a = patches(self.layer, one)
@@ -132,11 +152,22 @@ class Gram:
                 self.h += torch.bmm(b.transpose(1, 2), b)
                 self.p += torch.bmm(y.transpose(1, 2), b)
                 self.yy += float(y.square().sum())
+                self.mean_x, self.mean_y = self.mean_x + b.sum(1), self.mean_y + y.sum(1)
                 self.count += len(a)
 
     def close(self) -> None:
         """After the last call: sums become means."""
         self.h, self.p, self.yy = self.h / self.count, self.p / self.count, self.yy / self.count
+        self.mean_x, self.mean_y = self.mean_x / self.count, self.mean_y / self.count
+        if self.correct_bias:
+            self.h -= self.mean_x[:, :, None] * self.mean_x[:, None, :]
+            self.p -= self.mean_y[:, :, None] * self.mean_x[:, None, :]
+            self.yy -= float(self.mean_y.square().sum())
+
+    def corrected_bias(self, weight: Tensor) -> Tensor:
+        """The bias that makes up for the mean error of this weight: b + E[W x] - W~ E[x^]."""
+        shift = self.mean_y - torch.einsum("gd,god->go", self.mean_x, matrix(self.layer, weight.float()))
+        return self.layer.bias.detach().float() + shift.flatten()  # type: ignore[union-attr,operator]
 
     def loss(self, weight: Tensor, batch: int = 0, generator: torch.Generator | None = None) -> Tensor:
         """The error over everything that was added; nothing is drawn."""
@@ -152,7 +183,9 @@ class Gram:
 
 
 class Calls:
-    """The layer itself on whole batches: for transposed and 3-d convolutions."""
+    """The layer itself on whole batches: for transposed and 3-d convolutions; their bias is left as it is."""
+
+    correct_bias = False
 
     def __init__(self, layer: nn.Module, activation: Activation | None):
         self.layer, self.f = layer, activation or (lambda y: y)
@@ -190,11 +223,16 @@ def _parts(layer: nn.Module, x: Tensor) -> int:
     return max(1, AT_ONCE // max(1, 4 * x[0].numel() * kernel))
 
 
-def layer_error(layer: nn.Module, activation: Activation | None, seed: int) -> Rows | Gram | Calls:
-    """The cheapest form for this layer."""
+def layer_error(
+    layer: nn.Module, activation: Activation | None, correct_bias: bool = False, seed: int = 0
+) -> Rows | Gram | Calls:
+    """The cheapest form for this layer; `correct_bias` needs a bias."""
+    correct_bias = correct_bias and layer.bias is not None
     if not unfolds(layer):
         return Calls(layer, activation)
-    return Gram(layer, seed=seed) if activation is None else Rows(layer, activation, seed=seed)
+    if activation is None:
+        return Gram(layer, correct_bias, seed=seed)
+    return Rows(layer, activation, correct_bias, seed=seed)
 
 
 def row_activation(module: nn.Module) -> Activation:

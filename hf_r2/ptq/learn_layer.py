@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from hf_r2.dressed import float_weights
+from hf_r2.dressed import float_weights, set_bias_
 from hf_r2.encoders.affine import Affine
 from hf_r2.graph import Graph
 from hf_r2.graph.capture import layer_inputs, run_block
@@ -26,9 +25,10 @@ class RoundingSettings:
     iters: int
     lr: float
     weight_round: float
-    beta: Sequence[float]
+    beta: tuple[float, float]
     warmup: float
     activation: bool
+    correct_bias: bool
     rows: int
     seed: int
 
@@ -39,7 +39,7 @@ def layer_problem(
     """The output error of a layer as a function of its weight, over all batches."""
     follows = following_activation(graph, model, layer.name) if settings.activation else None
     f = None if follows is None else row_activation(model.get_submodule(follows))
-    problem = layer_error(layer.module, f, settings.seed)
+    problem = layer_error(layer.module, f, settings.correct_bias, settings.seed)
     with torch.no_grad():
         for one, other in zip(step.floats, step.calls, strict=True):
             with float_weights(model), layer_inputs(model, layer.name) as true:
@@ -68,3 +68,10 @@ def learn_rounding(
         loss.backward()
         optimizer.step()
     return rounding
+
+
+@torch.no_grad()
+def correct_bias_(layer: nn.Module, problem: Rows | Gram | Calls, weight: Tensor) -> None:
+    """Gives a layer the bias that makes up for the mean error of its rounded `weight`, in place, where it was asked for."""
+    if not isinstance(problem, Calls) and problem.correct_bias:
+        set_bias_(layer, problem.corrected_bias(weight))

@@ -14,13 +14,14 @@ from tqdm.auto import tqdm
 from hf_r2.attach import encoder_of, prepared_encoders, prepared_layers
 from hf_r2.batches import checked, evaluating
 from hf_r2.calibration import quantizer_of
-from hf_r2.dressed import float_weights
+from hf_r2.dressed import FLOAT_BIAS, float_weights, set_bias_
 from hf_r2.encoders.affine import Affine
 from hf_r2.graph import Graph, find_blocks, read_graph
 from hf_r2.graph.blocks import holds_only_tables
 from hf_r2.graph.capture import run_block
 from hf_r2.layers import WeightLayer, is_table
-from hf_r2.ptq.learn_layer import RoundingSettings, layer_problem, learn_rounding
+from hf_r2.ptq.bias import match_mean_
+from hf_r2.ptq.learn_layer import RoundingSettings, correct_bias_, layer_problem, learn_rounding
 from hf_r2.ptq.notes import Notes, fingerprint
 from hf_r2.ptq.reconstruct import BlockProblem, Settings, layers_in, learn_block_
 from hf_r2.ptq.walk import Step, frozen, walk
@@ -36,9 +37,10 @@ def pdquant_(
     batches: Iterable[Mapping[str, Any]] | None = None,
     *,
     setting: str = "pdquant",
-    start_iters: int = 300,
+    start_iters: int = 200,
+    correct_bias: bool = True,
     iters: int = 400,
-    lr: float = 1e-2,
+    lr: float = 3e-2,
     act_lr: float = 4e-5,
     weight_round: float = 0.01,
     beta: Sequence[float] = (20.0, 2.0),
@@ -83,10 +85,11 @@ def pdquant_(
         iters=iters, lr=lr, act_lr=act_lr, weight_round=weight_round, beta=(beta[0], beta[1]), warmup=warmup, keep=keep,
         mix=setting != "brecq", prediction=0.0 if plain else prediction,
         prediction_every=prediction_every, temperature=temperature,
-        correction=None if plain else correction, correction_steps=steps, correction_lr=correction_lr, seed=seed,
+        correction=None if plain else correction, correction_steps=steps, correction_lr=correction_lr, correct_bias=correct_bias, seed=seed,
     )  # fmt: skip
     first = RoundingSettings(
-        iters=start_iters, lr=1e-2, weight_round=weight_round, beta=tuple(beta), warmup=warmup, activation=True, rows=1024, seed=seed
+        iters=start_iters, lr=lr, weight_round=weight_round, beta=(beta[0], beta[1]), warmup=warmup, activation=True,
+        correct_bias=correct_bias, rows=1024, seed=seed,
     )  # fmt: skip
     for weight, encoder in prepared_encoders(model):
         encoder.set_range_(*mse_range(weight, encoder.grid, encoder.axis))
@@ -121,6 +124,8 @@ def _reconstruct_(
     before = problem.error()
     starts = _starts(model, graph, step, layers, first) if first.iters > 0 else {}
     learn_block_(problem, layers, starts, torch.Generator().manual_seed(seed))
+    for layer in layers if settings.correct_bias else ():
+        match_mean_(model, step, layer)
     after = problem.error()
     bar.set_postfix_str(f"{step.block.names[-1].split('.', 1)[-1]}: {before:.3g} -> {after:.3g}", refresh=False)
     logger.info("%s: block %s, output error %.4g before, %.4g after", setting, step.block.name, before, after)
@@ -139,6 +144,7 @@ def _starts(
         problem = layer_problem(model, graph, step, layer, first)
         with float_weights(model):
             rounding = learn_rounding(layer.weight, encoder, problem, first)
+        correct_bias_(layer.module, problem, rounding.soft())
         starts[layer.name] = rounding.v.detach().clamp(-SLOPE, SLOPE)
         encoder.set_codes_(rounding.codes())  # what the layers after it in the block see meanwhile
     for layer in layers:
@@ -165,6 +171,8 @@ def _state(layers: Sequence[WeightLayer]) -> dict[str, Tensor]:
         encoder, quantizer = encoder_of(layer), quantizer_of(layer.module)
         if isinstance(encoder, Affine) and encoder.codes is not None:
             state[f"{layer.name}.codes"] = encoder.codes
+        if FLOAT_BIAS in layer.module.__dict__:
+            state[f"{layer.name}.bias"] = layer.module.bias.detach()  # type: ignore[union-attr,operator,assignment]
         if quantizer is not None and quantizer.scale is not None:
             state[f"{layer.name}.step"] = quantizer.scale
     return state
@@ -176,5 +184,7 @@ def _restore_(layers: Sequence[WeightLayer], noted: Mapping[str, Tensor]) -> Non
         device = layer.weight.device
         if isinstance(encoder, Affine) and f"{layer.name}.codes" in noted:
             encoder.set_codes_(noted[f"{layer.name}.codes"].to(device))
+        if f"{layer.name}.bias" in noted:
+            set_bias_(layer.module, noted[f"{layer.name}.bias"].to(device))
         if quantizer is not None and f"{layer.name}.step" in noted:
             quantizer.scale = noted[f"{layer.name}.step"].to(device)

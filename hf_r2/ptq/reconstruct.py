@@ -49,6 +49,7 @@ class Settings:
     correction: float | None
     correction_steps: int
     correction_lr: float
+    correct_bias: bool
     seed: int
 
 

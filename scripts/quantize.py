@@ -1,0 +1,208 @@
+"""Post-training methods on a trained classifier: a table of methods, widths and granularities.
+
+    python scripts/quantize.py --model_name_or_path FOLDER --calibration_file train.parquet --validation_file test.parquet \
+      --methods nearest mse dfq squant adaround --widths W8A8 W4A8 --granularities per_channel per_tensor
+
+Images: parquet files with `image` and `label`. Pairs of texts (`--task text-classification`): what scripts/qnli.py takes. Every
+cell is written to metrics.json as it is done; the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import load_dataset
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    HfArgumentParser,
+)
+
+import common
+from hf_r2 import R2QuantConfig, quantize
+from hf_r2.report import report
+from images import Pictures
+
+WIDTH = re.compile(r"W([1-8])A([2-8]|32)")
+
+
+@dataclass
+class QuantizeArguments:
+    """What to quantize, how, and on what to measure it."""
+
+    model_name_or_path: str = field(metadata={"help": "A trained classifier: a folder, or a name on the Hub."})
+    calibration_file: str = field(metadata={"help": "Local parquet; its labels are not used."})
+    validation_file: str = field(metadata={"help": "Local parquet to measure on."})
+    task: str = field(
+        default="image-classification", metadata={"help": "image-classification or text-classification."}
+    )
+    methods: list[str] = field(default_factory=lambda: ["nearest", "mse"], metadata={"help": "Post-training methods."})
+    widths: list[str] = field(default_factory=lambda: ["W8A8", "W4A8"], metadata={"help": "W4A8, W4A32 and so on."})
+    granularities: list[str] = field(
+        default_factory=lambda: ["per_channel"], metadata={"help": "per_channel, per_tensor or both."}
+    )
+    options: str = field(default="{}", metadata={"help": 'JSON, options by method: {"adaround": {"iters": 500}}.'})
+    symmetric: bool = field(default=False, metadata={"help": "Weights on grids around zero (requant always is)."})
+    first_last_bits: int | None = field(
+        default=None, metadata={"help": "Width of first and last layer; default: as the rest."}
+    )
+    calibration_samples: int = field(default=1024, metadata={"help": "Calibrate on at most so many samples."})
+    calibration_batch: int = field(default=32, metadata={"help": "Samples in a calibration batch."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Measure on so many samples; default: all."})
+    batch_size: int = field(default=50, metadata={"help": "Samples in a batch while measuring."})
+    image_size: int = field(default=224, metadata={"help": "Images are cut to squares of so many pixels."})
+    max_length: int = field(default=128, metadata={"help": "Tokens of a pair of texts at most."})
+    seed: int = field(default=0, metadata={"help": "Seed of the choice of calibration samples, and of the methods."})
+    output_dir: str = field(default="runs/quantize", metadata={"help": "Where metrics.json goes."})
+
+
+class Data:
+    """Calibration batches and validation batches with labels."""
+
+    def __init__(self, args: QuantizeArguments):
+        files = {"calibration": args.calibration_file, "validation": args.validation_file}
+        data = load_dataset("parquet", data_files=files)
+        chosen = data["calibration"].shuffle(seed=args.seed)
+        chosen = chosen.select(range(min(args.calibration_samples, len(chosen))))
+        measured = data["validation"]
+        if args.max_eval_samples is not None:
+            measured = measured.select(range(min(args.max_eval_samples, len(measured))))
+        load = self._images if args.task == "image-classification" else self._texts
+        self.calibration, _ = load(args, chosen, args.calibration_batch, "calibration")
+        self.validation, self.labels = load(args, measured, args.batch_size, "validation")
+
+    def _images(
+        self, args: QuantizeArguments, data: Any, size: int, name: str
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        pictures = Pictures(data, args.image_size, args.model_name_or_path, name)
+        return pictures.batches(size), pictures.labels
+
+    def _texts(
+        self, args: QuantizeArguments, data: Any, size: int, name: str
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+        pairs = zip(data["question"], data["sentence"], strict=True)
+        texts = tokenizer([list(pair) for pair in pairs], truncation=True, max_length=args.max_length)
+        rows = [{key: texts[key][i] for key in texts} for i in range(len(data))]
+        batches = [tokenizer.pad(rows[i : i + size], return_tensors="pt") for i in range(0, len(rows), size)]
+        return [dict(batch) for batch in batches], torch.tensor(data["label"])
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, batches: Iterable[dict[str, Tensor]], labels: Tensor) -> float:
+    """Top-1."""
+    device = next(model.parameters()).device
+    model.eval()
+    guesses = [model(**{k: v.to(device) for k, v in batch.items()}).logits.argmax(-1).cpu() for batch in batches]
+    return float((torch.cat(guesses) == labels).float().mean())
+
+
+def load_model(args: QuantizeArguments) -> nn.Module:
+    """The float classifier, on the accelerator where there is one."""
+    images = args.task == "image-classification"
+    auto = AutoModelForImageClassification if images else AutoModelForSequenceClassification
+    model = auto.from_pretrained(args.model_name_or_path).eval()
+    return model.to("cuda") if torch.cuda.is_available() else model
+
+
+def cells(args: QuantizeArguments) -> list[dict[str, Any]]:
+    """One dict of settings for each cell of the table; raises ValueError for a width that cannot be read."""
+    options = json.loads(args.options)
+    found = []
+    for granularity in args.granularities:
+        for method in args.methods:
+            for width in args.widths:
+                match = WIDTH.fullmatch(width)
+                if match is None:
+                    raise ValueError(f"widths are written W4A8 or W4A32 (W1 to W8, A2 to A8 or A32), got {width!r}")
+                own = options.get(method, {})
+                base = own.pop("method", method) if "method" in own else method
+                act_bits = None if match[2] == "32" else int(match[2])
+                found.append({
+                    "name": method, "method": base, "width": width, "weight_bits": int(match[1]), "act_bits": act_bits,
+                    "granularity": granularity, "symmetric": args.symmetric or base == "requant", "options": own,
+                    "first_last_bits": args.first_last_bits,
+                })  # fmt: skip
+                if base != method:
+                    options[method] = {**own, "method": base}
+    return found
+
+
+def run(cell: dict[str, Any], model: nn.Module, data: Data) -> dict[str, Any]:
+    """Quantizes once and measures; a cell that the library refuses keeps its message."""
+    keys = ("method", "weight_bits", "act_bits", "granularity", "symmetric", "options", "first_last_bits")
+    start = time.perf_counter()
+    try:
+        packed = quantize(model, R2QuantConfig(**{key: cell[key] for key in keys}), data.calibration)
+    except ValueError as error:
+        return {**cell, "error": str(error)}
+    seconds = time.perf_counter() - start
+    said = report(packed)
+    measured = {"accuracy": accuracy(packed, data.validation, data.labels), "time_s": seconds}
+    return {**cell, **measured, **{key: said[key] for key in ("bits_per_weight", "policy", "notes")}}
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether a finished cell is the one asked for."""
+    return all(json.dumps(one.get(key)) == json.dumps(value) for key, value in other.items())
+
+
+def table(rows: list[dict[str, Any]], granularity: str) -> str:
+    """Methods by widths: accuracy in percent, and seconds in brackets."""
+    rows = [row for row in rows if row["granularity"] == granularity]
+    widths = list(dict.fromkeys(row["width"] for row in rows))
+    lines = [f"| {granularity} | {' | '.join(widths)} |", "|---|" + "---|" * len(widths)]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        found = {row["width"]: row for row in rows if row["name"] == name}
+        texts = [text(found.get(width)) for width in widths]
+        lines.append(f"| {name} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def text(row: dict[str, Any] | None) -> str:
+    """A cell of the table."""
+    if row is None or "error" in row:
+        return "-" if row is None else "refused"
+    return f"{100 * row['accuracy']:.1f} ({row['time_s']:.0f} s)"
+
+
+def main() -> None:
+    """Decode once, go through the cells that are missing, print the tables."""
+    (args,) = HfArgumentParser(QuantizeArguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    common.go_offline_if_hub_is_unreachable()
+    wanted = cells(args)
+    file = Path(args.output_dir) / "metrics.json"
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    data, model = Data(args), load_model(args)
+    rows: list[dict[str, Any]] = content.get("results", [])
+    # Calibration data of another run would make other numbers: nothing of it is taken over.
+    basis = {k: v for k, v in asdict(args).items() if k not in ("methods", "widths", "granularities", "options")}
+    if content.get("basis") != basis:
+        rows = []
+    head = {**common.provenance(asdict(args), args.seed), "basis": basis}
+    head["float_accuracy"] = accuracy(model, data.validation, data.labels)
+    print(f"float: {100 * head['float_accuracy']:.2f} %", flush=True)
+    for cell in tqdm(wanted, desc="cells"):
+        if any(same(row, cell) for row in rows):
+            continue
+        torch.manual_seed(args.seed)
+        rows.append(run(cell, model, data))
+        tqdm.write(f"{cell['name']} {cell['width']} {cell['granularity']}: {rows[-1].get('error') or text(rows[-1])}")
+        common.write_json(file, {**head, "results": rows})
+    kept = [row for row in rows if any(same(row, cell) for cell in wanted)]
+    for granularity in args.granularities:
+        print("\n" + table(kept, granularity))
+
+
+if __name__ == "__main__":
+    main()
