@@ -40,9 +40,10 @@ class InputQuantizer(nn.Module):
         self._low = low if self._low is None else torch.minimum(self._low, low)
         self._high = high if self._high is None else torch.maximum(self._high, high)
         if len(self._samples) < BATCHES:
-            generator = torch.Generator().manual_seed(len(self._samples))
-            chosen = torch.randint(len(x), (min(SAMPLES, len(x)),), generator=generator)
-            self._samples.append(x[chosen.to(x.device)])
+            if len(x) > SAMPLES:
+                generator = torch.Generator().manual_seed(len(self._samples))
+                x = x[torch.randint(len(x), (SAMPLES,), generator=generator).to(x.device)]
+            self._samples.append(x)
 
     def is_finite(self) -> bool:
         """False where NaN or infinity was observed."""
@@ -63,9 +64,8 @@ class InputQuantizer(nn.Module):
             return False
         low, high = self._low, self._high
         if rule != "minmax":
-            values = torch.cat([*self._samples, low[None], high[None]])
             search = mse_range if rule == "mse" else percentile_range
-            low, high = (end.view(()) for end in search(values, self.grid, None))
+            low, high = (end.view(()) for end in search(torch.cat(self._samples), self.grid, None))
         self.set_range_(low, high)
         self._low = self._high = None
         self._samples = []

@@ -43,19 +43,17 @@ def patches(layer: nn.Module, x: Tensor, positions: Tensor | None = None) -> Ten
         rows = x.reshape(-1, 1, x.shape[-1])
         return rows if positions is None else rows[positions]
     size, stride = _two(layer.kernel_size), _two(layer.stride)
-    padding, dilation = _two(0 if layer.padding == "valid" else layer.padding), _two(layer.dilation)
+    padding, dilation = _two(0 if layer.padding == "valid" else layer.padding, 0), _two(layer.dilation)
     x = x.unsqueeze(-2) if isinstance(layer, nn.Conv1d) else x
     unfolded = F.unfold(x, size, dilation, padding, stride)  # [N, C k, L]
     rows = unfolded.transpose(1, 2).reshape(-1, layer.groups, unfolded.shape[1] // layer.groups)
     return rows if positions is None else rows[positions]
 
 
-def _two(value: object) -> tuple[int, int]:
-    """A convolution's setting for two axes; of a 1-d one, the first axis is a dummy."""
-    if isinstance(value, int):
-        return value, value
-    values = tuple(value)  # type: ignore[arg-type]
-    return values if len(values) == 2 else (1, values[0])  # type: ignore[return-value]
+def _two(value: object, neutral: int = 1) -> tuple[int, int]:
+    """A convolution's setting for two axes; a 1-d one has `neutral` on the first."""
+    values = (value, value) if isinstance(value, int) else tuple(value)  # type: ignore[arg-type]
+    return values if len(values) == 2 else (neutral, values[0])  # type: ignore[return-value]
 
 
 class Rows:

@@ -85,7 +85,8 @@ def pdquant_(
         iters=iters, lr=lr, act_lr=act_lr, weight_round=weight_round, beta=(beta[0], beta[1]), warmup=warmup, keep=keep,
         mix=setting != "brecq", prediction=0.0 if plain else prediction,
         prediction_every=prediction_every, temperature=temperature,
-        correction=None if plain else correction, correction_steps=steps, correction_lr=correction_lr, correct_bias=correct_bias, seed=seed,
+        correction=None if plain else correction, correction_steps=steps, correction_lr=correction_lr,
+        correct_bias=correct_bias, seed=seed,
     )  # fmt: skip
     first = RoundingSettings(
         iters=start_iters, lr=lr, weight_round=weight_round, beta=(beta[0], beta[1]), warmup=warmup, activation=True,
