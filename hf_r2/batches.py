@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -66,16 +67,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch with its tensors where the model's parameters are."""
+def inputs_for(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with its tensors where the model's parameters are, without labels.
+
+    Key-value caches are switched off: they grow with every call of a layer, and cannot be exported.
+    """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k not in LABELS}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False
+    return inputs
 
 
 def run_batch(model: nn.Module, batch: Mapping[str, Any], number: int) -> Any:
     """`model(**batch)`; raises ValueError that says which batch the model rejected, and why."""
-    inputs = on_device(model, batch)
+    inputs = inputs_for(model, batch)
     try:
         return model(**inputs)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise ValueError(f"batch {number} (keys {', '.join(inputs)}) was rejected by the model: {error}") from error
+        raise ValueError(f"batch {number} (keys {', '.join(batch)}) was rejected by the model: {error}") from error

@@ -111,7 +111,7 @@ def test_finds_what_brute_force_finds(f):
     for up in itertools.product((0, 1), repeat=10):
         codes = (floor + torch.tensor(up)[None]).clamp(1, 7)
         every[up] = problem.error((codes - encoder.zero_point) * encoder.scale)
-    learned = learn_rounding(weight, encoder, problem, replace(SETTINGS, iters=1000))
+    learned = learn_rounding(weight, encoder, problem, replace(SETTINGS, iters=1000, weight_round=1e-3))
     nearest = problem.error(encoder.encode(weight).decode())
     encoder.set_codes_(learned.codes())
     found = problem.error(encoder.encode(weight).decode())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_r2.batches import on_device, run_batch
+from hf_r2.batches import inputs_for, run_batch
 from hf_r2.graph.blocks import Block
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -123,7 +123,7 @@ class Relay:
         for name in self.blocks[self.finished].names:
             replies[name] = output
         with _stubs(self.model, replies):
-            return self.model(**on_device(self.model, self.batches[number]))
+            return self.model(**inputs_for(self.model, self.batches[number]))
 
     def _replies(self, number: int) -> dict[str, Any]:
         return {name: output for i, output in self._outputs[number].items() for name in self.blocks[i].names}

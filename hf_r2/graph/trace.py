@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from hf_r2.batches import evaluating, inputs_for
 from hf_r2.layers import is_weight_layer
 
 WITHOUT_GRAPH = "nearest, mse, percentile, requant and squant with options={'fold': False} need no graph"
@@ -66,32 +66,18 @@ def read_graph(model: nn.Module, inputs: Mapping[str, Any]) -> Graph:
 
     Raises ValueError that names the module in which torch.export failed, and what works without a graph.
     """
-    inputs = _on_device(model, inputs)
-    parameters = inspect.signature(model.forward).parameters
-    if "use_cache" in parameters:  # a cache among the outputs cannot be exported
-        inputs.setdefault("use_cache", False)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with _module_stack(model) as stack:
-            try:
-                exported = torch.export.export(model, (), inputs, strict=False)
-            except Exception as error:
-                where = f"module {stack[-1]!r}" if stack else "the model"
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise ValueError(
-                    f"torch.export cannot read the graph of {type(model).__name__}: it fails in {where} ({reason}); "
-                    f"{WITHOUT_GRAPH}"
-                ) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    inputs = inputs_for(model, inputs)
+    with evaluating(model), _module_stack(model) as stack:
+        try:
+            exported = torch.export.export(model, (), inputs, strict=False)
+        except Exception as error:
+            where = f"module {stack[-1]!r}" if stack else "the model"
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(
+                f"torch.export cannot read the graph of {type(model).__name__}: it fails in {where} ({reason}); "
+                f"{WITHOUT_GRAPH}"
+            ) from error
     return _graph(model, exported)
-
-
-def _on_device(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items() if k not in ("labels", "label")}
 
 
 @contextmanager

@@ -122,21 +122,35 @@ def _reconstruct_(
         _restore_(layers, noted)
         return
     problem = BlockProblem(model, step.block, (step.floats, step.calls), step.relay, settings)
-    before = problem.error()
-    starts = _starts(model, graph, step, layers, first) if first.iters > 0 else {}
+    before = problem.objective()
+    starts = _start_layers_(model, graph, step, layers, first) if first.iters > 0 else {}
+    started, found = _state(layers), problem.objective()
+    for encoder in affine_encoders(layers):
+        encoder.codes = None
     learn_block_(problem, layers, starts, torch.Generator().manual_seed(seed))
     for layer in layers if settings.correct_bias else ():
         match_mean_(model, step, layer)
-    after = problem.error()
+    after = problem.objective()
+    words = "%s: block %s, error %.4g with nearest rounding, %.4g layer by layer, %.4g as a block"
+    logger.info(words, setting, step.block.name, before, found, after)
+    if found < after and starts:  # a short training may end above where it began
+        _restore_(layers, started)
+        after = found
     bar.set_postfix_str(f"{step.block.names[-1].split('.', 1)[-1]}: {before:.3g} -> {after:.3g}", refresh=False)
-    logger.info("%s: block %s, output error %.4g before, %.4g after", setting, step.block.name, before, after)
     notes.write(step.block.name, _state(layers))
 
 
-def _starts(
+def affine_encoders(layers: Sequence[WeightLayer]) -> list[Affine]:
+    """The affine encoders of layers that are no tables."""
+    encoders = [encoder_of(layer) for layer in layers if not is_table(layer.module)]
+    return [encoder for encoder in encoders if isinstance(encoder, Affine)]
+
+
+def _start_layers_(
     model: nn.Module, graph: Graph, step: Step, layers: Sequence[WeightLayer], first: RoundingSettings
 ) -> dict[str, Tensor]:
-    """Where the roundings of a block's layers begin: AdaRound's, drawn back to where the sigmoid still has a slope."""
+    """Rounds a block's layers by AdaRound, in place; returns where its own training begins: the same V, drawn back to where
+    the sigmoid still has a slope."""
     starts = {}
     for layer in layers:
         encoder = encoder_of(layer)
@@ -145,12 +159,9 @@ def _starts(
         problem = layer_problem(model, graph, step, layer, first)
         with float_weights(model):
             rounding = learn_rounding(layer.weight, encoder, problem, first)
-        correct_bias_(layer.module, problem, rounding.soft())
+        encoder.set_codes_(rounding.codes())
+        correct_bias_(layer.module, problem, encoder.encode(layer.weight).decode())
         starts[layer.name] = rounding.v.detach().clamp(-SLOPE, SLOPE)
-        encoder.set_codes_(rounding.codes())  # what the layers after it in the block see meanwhile
-    for layer in layers:
-        if layer.name in starts:
-            encoder_of(layer).codes = None  # type: ignore[assignment]
     return starts
 
 

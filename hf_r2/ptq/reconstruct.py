@@ -30,6 +30,8 @@ from hf_r2.ptq.distribution import correct
 from hf_r2.ptq.learned_step import LearnedStep, drawn
 from hf_r2.ptq.rounding import Rounding, annealed_beta
 
+FEW = 4  # batches that the prediction difference is judged on
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -121,13 +123,16 @@ class BlockProblem:
         return prediction_difference(main_logits(result), self.logits[number], self.settings.temperature)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def error(self) -> float:
-        """The reconstruction error with everything quantized, mean over the batches."""
+    def objective(self) -> float:
+        """Reconstruction error over all batches and weighted prediction difference over a few, everything quantized."""
         found = [
             float(reconstruction_error(main_tensor(run_block(self.model, self.block, call)), target, self.axis))
             for call, target in zip(self.calls, self.targets, strict=True)
         ]
-        return sum(found) / len(found)
+        error, few = sum(found) / len(found), min(FEW, len(self.calls))
+        if self.settings.prediction > 0:
+            error += self.settings.prediction * sum(float(self.prediction(number)) for number in range(few)) / few
+        return error
 
 
 def main_logits(output: Any) -> Tensor:
