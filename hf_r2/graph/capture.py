@@ -31,6 +31,9 @@ def with_main_tensor(output: Any, value: Tensor) -> Any:
     """What a module returned, with its first tensor replaced."""
     if isinstance(output, Tensor):
         return value
+    if isinstance(output, Mapping):  # transformers' ModelOutput
+        key = next(k for k, part in output.items() if part is not None)
+        return type(output)(**{**output, key: with_main_tensor(output[key], value)})
     first = next(i for i, part in enumerate(output) if part is not None)
     return type(output)([*output[:first], with_main_tensor(output[first], value), *output[first + 1 :]])
 
