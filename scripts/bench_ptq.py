@@ -4,7 +4,8 @@
 
 SQuant: all weights of MobileNetV1-0.75 (random ones: the work does not depend on them), beside one pass of rounding to
 nearest. AdaRound: one step on a convolution 64 -> 64, 3 x 3, 256 samples of 64 x 28 x 28, 4 bits, beside a plain loop that
-runs the convolution on 32 samples in every step; then error against time. The candidates of a comparison take turns; quote the ratios.
+runs the convolution on 32 samples in every step; then error against time. The candidates of a comparison take turns; quote
+the ratios.
 """
 
 from __future__ import annotations

@@ -125,16 +125,12 @@ def cells(args: QuantizeArguments) -> list[dict[str, Any]]:
                 match = WIDTH.fullmatch(width)
                 if match is None:
                     raise ValueError(f"widths are written W4A8 or W4A32 (W1 to W8, A2 to A8 or A32), got {width!r}")
-                own = options.get(method, {})
-                base = own.pop("method", method) if "method" in own else method
                 act_bits = None if match[2] == "32" else int(match[2])
                 found.append({
-                    "name": method, "method": base, "width": width, "weight_bits": int(match[1]), "act_bits": act_bits,
-                    "granularity": granularity, "symmetric": args.symmetric or base == "requant", "options": own,
-                    "first_last_bits": args.first_last_bits,
+                    "method": method, "width": width, "weight_bits": int(match[1]), "act_bits": act_bits,
+                    "granularity": granularity, "symmetric": args.symmetric or method == "requant",
+                    "options": options.get(method, {}), "first_last_bits": args.first_last_bits,
                 })  # fmt: skip
-                if base != method:
-                    options[method] = {**own, "method": base}
     return found
 
 
@@ -162,8 +158,8 @@ def table(rows: list[dict[str, Any]], granularity: str) -> str:
     rows = [row for row in rows if row["granularity"] == granularity]
     widths = list(dict.fromkeys(row["width"] for row in rows))
     lines = [f"| {granularity} | {' | '.join(widths)} |", "|---|" + "---|" * len(widths)]
-    for name in dict.fromkeys(row["name"] for row in rows):
-        found = {row["width"]: row for row in rows if row["name"] == name}
+    for name in dict.fromkeys(row["method"] for row in rows):
+        found = {row["width"]: row for row in rows if row["method"] == name}
         texts = [text(found.get(width)) for width in widths]
         lines.append(f"| {name} | {' | '.join(texts)} |")
     return "\n".join(lines)
@@ -197,7 +193,9 @@ def main() -> None:
             continue
         torch.manual_seed(args.seed)
         rows.append(run(cell, model, data))
-        tqdm.write(f"{cell['name']} {cell['width']} {cell['granularity']}: {rows[-1].get('error') or text(rows[-1])}")
+        tqdm.write(
+            f"{cell['method']} {cell['width']} {cell['granularity']}: {rows[-1].get('error') or text(rows[-1])}"
+        )
         common.write_json(file, {**head, "results": rows})
     kept = [row for row in rows if any(same(row, cell) for cell in wanted)]
     for granularity in args.granularities:

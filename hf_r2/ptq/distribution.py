@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_r2.graph.fold import FoldedNorm, statistics_of
 
 
+@torch.enable_grad()
 def correct(
     model: nn.Module, layers: list[str], run: Callable[[Tensor], Any], x: Tensor, weight: float, steps: int, lr: float
 ) -> Tensor:

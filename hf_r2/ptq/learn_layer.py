@@ -52,6 +52,7 @@ def layer_problem(
     return problem
 
 
+@torch.enable_grad()
 def learn_rounding(
     weight: Tensor, encoder: Affine, problem: Rows | Gram | Calls, settings: RoundingSettings
 ) -> Rounding:

@@ -141,6 +141,7 @@ def main_logits(output: Any) -> Tensor:
     return main_tensor(output) if logits is None else logits
 
 
+@torch.enable_grad()
 def learn_block_(
     problem: BlockProblem, layers: Sequence[WeightLayer], starts: Mapping[str, Tensor], generator: torch.Generator
 ) -> None:
