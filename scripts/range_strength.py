@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification, HfArgumentParser, set_seed
 
 import common
 from hf_r2 import R2QuantConfig, R2Trainer, R2TrainingArguments, RangeLoss, quantize
+from hf_r2.graph.fold import fold_
 from hf_r2.layers import BATCH_NORMS, following_batch_norms
+from images import square
 
 PAPER, SIZE_AWARE = (
     {"range_units": "absolute", "range_target": "raw"},
@@ -57,7 +59,7 @@ class Images(torch.utils.data.Dataset):
     """Images decoded once, center-cropped, as bytes in memory; scaled to [-1, 1] as they are read."""
 
     def __init__(self, data: Dataset, size: int, name: str):
-        self.pixels = torch.stack([pixels(image, size) for image in tqdm(data["image"], desc=f"decoding {name}")])
+        self.pixels = torch.stack([square(image, size) for image in tqdm(data["image"], desc=f"decoding {name}")])
         self.labels = data["label"]
 
     def __len__(self) -> int:
@@ -65,17 +67,6 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"pixel_values": self.pixels[index].float() / 127.5 - 1, "labels": self.labels[index]}
-
-
-def pixels(image: Any, size: int) -> Tensor:
-    """A PIL image, short side scaled to `size` and cut to a square: uint8 [3, size, size]."""
-    scale = size / min(image.size)
-    image = image.convert("RGB").resize(
-        (max(size, round(image.width * scale)), max(size, round(image.height * scale)))
-    )
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    image = image.crop((left, top, left + size, top + size))
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
 
 
 def load_model(name: str) -> nn.Module:
@@ -95,9 +86,7 @@ def folded(model: nn.Module) -> nn.Module:
     """A copy with every batch norm folded into the convolution before it."""
     model = copy.deepcopy(model).eval()
     names = {id(module): name for name, module in model.named_modules()}
-    for conv, norm in following_batch_norms(model).items():
-        model.set_submodule(conv, nn.utils.fuse_conv_bn_eval(model.get_submodule(conv), norm))  # type: ignore[arg-type]
-        model.set_submodule(names[id(norm)], nn.Identity())
+    fold_(model, {conv: names[id(norm)] for conv, norm in following_batch_norms(model).items()})
     return model
 
 
@@ -128,7 +117,7 @@ def run(
     for target, net in (("raw", model), ("folded", folded(model))):
         row[f"range_over_std_{target}"] = RangeLoss(net, "l_inf").mean_range_over_std().item()
         for bits in (8, 6):
-            packed = quantize(net, R2QuantConfig(weight_bits=bits, granularity="per_tensor"))
+            packed = quantize(net, R2QuantConfig(weight_bits=bits, granularity="per_tensor", options={"fold": False}))
             row[f"W{bits}_{target}"] = accuracy(packed, validation)
     return row
 

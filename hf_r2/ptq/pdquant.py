@@ -92,19 +92,25 @@ def pdquant_(
         iters=start_iters, lr=lr, weight_round=weight_round, beta=(beta[0], beta[1]), warmup=warmup, activation=True,
         correct_bias=correct_bias, rows=1024, seed=seed,
     )  # fmt: skip
+    notes = {"method": "pdquant", "setting": setting, "start": start_iters, **vars(settings)}
+    _reconstruct_all_(model, data, settings, first, notes, resume_dir, progress)
+
+
+def _reconstruct_all_(
+    model: nn.Module, data: list[dict[str, Any]], settings: Settings, first: RoundingSettings, about: Mapping[str, Any],
+    resume_dir: str | os.PathLike | None, progress: bool,
+) -> None:  # fmt: skip
     for weight, encoder in prepared_encoders(model):
         encoder.set_range_(*mse_range(weight, encoder.grid, encoder.axis))
-    about = fingerprint({layer.name: layer.weight for layer in prepared_layers(model)}, data)
-    notes = Notes(
-        resume_dir, {**about, **vars(settings), "method": "pdquant", "setting": setting, "start": start_iters}
-    )
+    weights = {layer.name: layer.weight for layer in prepared_layers(model)}
+    notes, setting = Notes(resume_dir, {**fingerprint(weights, data), **about}), about["setting"]
     with evaluating(model), frozen(model):
         with float_weights(model):
             graph = read_graph(model, data[0])
         blocks = find_blocks(graph, model)
         with tqdm(total=len(blocks), desc=setting, unit="block", disable=not progress) as bar:
             for number, step in enumerate(walk(model, blocks, data)):
-                _reconstruct_(model, graph, step, settings, first, setting, notes, bar, seed + number)
+                _reconstruct_(model, graph, step, settings, first, setting, notes, bar, settings.seed + number)
                 bar.update()
 
 
