@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,3 +86,18 @@ def run_batch(model: nn.Module, batch: Mapping[str, Any], number: int) -> Any:
         return model(**inputs)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ValueError(f"batch {number} (keys {', '.join(batch)}) was rejected by the model: {error}") from error
+
+
+@torch.no_grad()
+def check_accepted(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> None:
+    """Runs one sample of every batch whose keys, types or shapes are new; raises ValueError where the model rejects it."""
+    known = set()
+    with evaluating(model):
+        for number, batch in enumerate(batches):
+            form = tuple(
+                (k, v.dtype, v.shape[1:]) if isinstance(v, Tensor) else (k, type(v)) for k, v in sorted(batch.items())
+            )
+            if form not in known:
+                known.add(form)
+                size = samples_in(batch)
+                run_batch(model, {k: _first(v, 1, size) for k, v in batch.items()}, number)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_r2.attach import attach_, detach_, encoded_weights, prepared_layers
-from hf_r2.batches import Batches, checked
+from hf_r2.batches import Batches, check_accepted, checked
 from hf_r2.calibration import await_ranges_, calibrate_, make_dynamic_, range_by_statistics_, static_quantizers
 from hf_r2.dressed import float_weights
 from hf_r2.float_passes import apply_passes_, undo_passes_
@@ -56,6 +56,8 @@ def quantize_(model: nn.Module, config: R2QuantConfig, batches: Batches | None) 
     method = PTQ_METHODS[config.method]
     passes, options = config.split_options()
     data = None if batches is None else checked(batches, options.get("samples", method.samples))
+    if data is not None:
+        check_accepted(model, data)
     passes = replace(passes, **{k: v for k, v in method.passes.items() if getattr(passes, k) is None})
     skeleton = apply_passes_(model, passes, data[0] if data else None)
     prepare_(model, config, skeleton)

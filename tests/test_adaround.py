@@ -149,7 +149,7 @@ def test_white_inputs_leave_the_nearest():
 def test_every_kind_of_layer(layer, f):
     torch.manual_seed(0)
     layer.reset_parameters()
-    shape = {nn.Conv1d: (2, 4, 99), nn.Conv3d: (2, 4, 5, 5, 5), nn.Linear: (3, 7, 5)}.get(type(layer), (2, 4, 9, 9))
+    shape = {nn.Conv1d: (2, 4, 99), nn.Conv3d: (2, 4, 5, 5, 5), nn.Linear: (30, 7, 5)}.get(type(layer), (2, 4, 9, 9))
     x = torch.randn(shape)
     x_hat, other = x + 0.1 * torch.randn(shape), layer.weight.detach() * 1.1
     problem = Calls(layer, f) if not unfolds(layer) else Gram(layer) if f is None else Rows(layer, f)
@@ -162,7 +162,7 @@ def test_every_kind_of_layer(layer, f):
     assert problem.error(other) == pytest.approx(true, rel=2e-3)
     loss = problem.loss(other.requires_grad_(), 10**6, torch.Generator().manual_seed(0))
     loss.backward()
-    assert loss.item() == pytest.approx(true, rel=0.5) and torch.isfinite(other.grad).all()
+    assert loss.item() == pytest.approx(true, rel=0.5) and other.grad.abs().max() > 0
 
 
 def _batches(name, count=4):
