@@ -40,7 +40,7 @@ def checked(batches: Batches | None, samples: int | None = None) -> list[dict[st
             return kept
     if not kept:
         raise ValueError("calibration needs at least one batch; batches was empty")
-    if samples is not None and seen < samples:
+    if samples is not None:
         logger.info("%d calibration samples, fewer than the %d asked for", seen, samples)
     return kept
 

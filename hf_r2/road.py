@@ -24,6 +24,8 @@ from hf_r2.ptq import PTQ_METHODS
 from hf_r2.quant_config import R2QuantConfig
 from hf_r2.tied import retie, tied_pairs
 
+SAMPLES = 1024  # calibration samples that are taken of the batches where the options name no number
+
 
 def prepare_(model: nn.Module, config: R2QuantConfig, skeleton: dict[str, Any] | None = None) -> None:
     """Attaches encoders and input quantizers and notes the recipe on the model, in place."""
@@ -51,11 +53,11 @@ def quantize_(model: nn.Module, config: R2QuantConfig, batches: Batches | None) 
     if config.method not in PTQ_METHODS:  # a trained encoder, used as it starts
         prepare_(model, config)
         await_ranges_(model)
-        calibrate_(model, None if batches is None else checked(batches))
+        calibrate_(model, None if batches is None else checked(batches, SAMPLES))
         return pack_(model)
     method = PTQ_METHODS[config.method]
     passes, options = config.split_options()
-    data = None if batches is None else checked(batches, options.get("samples", method.samples))
+    data = None if batches is None else checked(batches, options.get("samples", SAMPLES))
     if data is not None:
         check_accepted(model, data)
     passes = replace(passes, **{k: v for k, v in method.passes.items() if getattr(passes, k) is None})

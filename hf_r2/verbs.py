@@ -39,7 +39,8 @@ def quantize(model: M, config: R2QuantConfig, batches: Batches | None = None, *,
     """A packed copy of the float `model`, which itself stays untouched unless `inplace` asks for no copy.
 
     `batches` are keyword dicts for `forward` (a DataLoader, a list); they are needed for static activation ranges and by
-    the methods that read layer inputs. `hf_r2.report.report(packed)` says what came out.
+    the methods that read layer inputs; the first 1,024 samples are taken (`samples` of the methods that have the option).
+    `hf_r2.report.report(packed)` says what came out.
 
     Raises ValueError for missing or rejected batches, globs that match no layer, a model without a float weight layer,
     and NaN or infinity in a weight (the layer is named).

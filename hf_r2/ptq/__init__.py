@@ -24,7 +24,7 @@ class PTQMethod:
     `data_free`: works without batches. `data_free_ranges`: without batches, static input ranges come from batch-norm
     statistics, and where these tell nothing from each batch itself. `act_rule`: how static input ranges are set
     afterwards (`InputQuantizer.finish`). `passes`: what is done to the float model first unless the options say otherwise
-    (`FloatPasses`). `samples`: how many calibration samples it takes of the batches, None for all.
+    (`FloatPasses`).
     """
 
     run: Callable[..., None]
@@ -33,7 +33,6 @@ class PTQMethod:
     data_free_ranges: bool = False
     act_rule: str = "minmax"
     passes: Mapping[str, bool] = field(default_factory=dict)
-    samples: int | None = None
 
 
 EQUALIZED = {"equalize": True, "absorb": True}
@@ -44,6 +43,6 @@ PTQ_METHODS: dict[str, PTQMethod] = {
     "requant": PTQMethod(requant_, "arXiv:2510.04044", data_free=True, act_rule="mse"),
     "dfq": PTQMethod(dfq_, "arXiv:1906.04721", data_free=True, data_free_ranges=True, passes=EQUALIZED),
     "squant": PTQMethod(squant_, "arXiv:2202.07471", data_free=True, data_free_ranges=True),
-    "adaround": PTQMethod(adaround_, "arXiv:2004.10568", act_rule="mse", samples=1024),
-    "pdquant": PTQMethod(pdquant_, "arXiv:2212.07048", act_rule="mse", samples=1024),
+    "adaround": PTQMethod(adaround_, "arXiv:2004.10568", act_rule="mse"),
+    "pdquant": PTQMethod(pdquant_, "arXiv:2212.07048", act_rule="mse"),
 }
