@@ -101,9 +101,11 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
     """`x` moved to its nearest level; the gradient is that of the clamp: 1 inside the range, 0 outside."""
+    with torch.no_grad():
+        level = dequantize(quantize(x, scale, zero_point, grid), scale, zero_point)
+    if not (torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)):
+        return level
     low = (grid.qmin - zero_point) * scale
     high = (grid.qmax - zero_point) * scale
     clamped = torch.minimum(torch.maximum(x, low), high)
-    with torch.no_grad():
-        level = dequantize(quantize(x, scale, zero_point, grid), scale, zero_point)
     return clamped + (level - clamped).detach()
