@@ -39,7 +39,11 @@ class Pictures:
 
     def batch(self, start: int, size: int) -> dict[str, Tensor]:
         """Pixel values [size, 3, H, W] from `start` on."""
-        return {"pixel_values": (self.pixels[start : start + size].float() / 255 - self.mean) / self.std}
+        return {"pixel_values": self.normalized(self.pixels[start : start + size])}
+
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """Bytes [..., 3, H, W] as the model takes them."""
+        return (pixels.float() / 255 - self.mean) / self.std
 
     def batches(self, size: int, count: int | None = None) -> list[dict[str, Tensor]]:
         """The first `count` images (all by default), without labels."""

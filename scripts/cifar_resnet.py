@@ -1,0 +1,147 @@
+"""Trains a small ResNet on CIFAR-10, to have a trained network of one's own to quantize; measures and saves it.
+
+    python scripts/cifar_resnet.py --train_file train.parquet --validation_file test.parquet
+
+Parquet files with columns image and label. Every flag of R2TrainingArguments works too, `--range_loss` included (default:
+none). The saved folder goes into scripts/quantize.py with the same `--image_size`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import HfArgumentParser, ResNetConfig, ResNetForImageClassification, set_seed
+
+import common
+from hf_r2 import R2Trainer, R2TrainingArguments
+from images import Pictures
+
+# What differs from TrainingArguments' own defaults where no flag says otherwise.
+DEFAULTS: dict[str, Any] = {
+    "output_dir": "runs/cifar_resnet", "num_train_epochs": 12, "per_device_train_batch_size": 128, "learning_rate": 0.1,
+    "optim": "sgd", "optim_args": "momentum=0.9,nesterov=True", "weight_decay": 5e-4, "max_grad_norm": 0.0,
+    "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "save_strategy": "no", "logging_steps": 100, "report_to": "none",
+    "range_loss": "none", "seed": 0, "dataloader_num_workers": 0, "dataloader_drop_last": True,
+    "dataloader_pin_memory": torch.cuda.is_available(),  # on a CPU it only warns
+}  # fmt: skip
+
+
+@dataclass
+class CifarArguments:
+    """What to train on, and the network."""
+
+    train_file: str = field(metadata={"help": "Parquet with columns image and label."})
+    validation_file: str = field(metadata={"help": "The like for measuring."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Measure on the first so many images."})
+    image_size: int = field(
+        default=64,
+        metadata={"help": "Images are scaled up to so many pixels: the stem of transformers' ResNet strides 4 x."},
+    )
+    crop_padding: int = field(default=8, metadata={"help": "Random crops move by up to so many pixels, and flip."})
+    embedding_size: int = field(default=32, metadata={"help": "Channels of the stem."})
+    hidden_sizes: list[int] = field(
+        default_factory=lambda: [32, 64, 128, 256], metadata={"help": "Channels of each stage."}
+    )
+    depths: list[int] = field(default_factory=lambda: [1, 1, 1, 1], metadata={"help": "Basic blocks of each stage."})
+
+
+class CropAndFlip:
+    """Collates rows of `Rows` into a training batch: random crops and flips of bytes, then normalized."""
+
+    def __init__(self, pictures: Pictures, padding: int):
+        self.pictures, self.padding = pictures, padding
+
+    def __call__(self, rows: list[int]) -> dict[str, Tensor]:
+        """`pixel_values` [B, 3, H, W] and `labels` [B] of these images; draws from torch's global generator."""
+        chosen, p = torch.tensor(rows), self.padding
+        pixels = self.pictures.pixels[chosen]
+        height, width = pixels.shape[-2:]
+        padded = F.pad(pixels, (p, p, p, p))
+        tops, lefts = torch.randint(0, 2 * p + 1, (2, len(rows))).tolist()
+        pixels = torch.stack([
+            image[:, top : top + height, left : left + width]
+            for image, top, left in zip(padded, tops, lefts, strict=True)
+        ])  # fmt: skip
+        flips = (torch.rand(len(rows)) < 0.5).view(-1, 1, 1, 1)
+        pixels = torch.where(flips, pixels.flip(-1), pixels)
+        return {"pixel_values": self.pictures.normalized(pixels), "labels": self.pictures.labels[chosen]}
+
+
+class Rows(torch.utils.data.Dataset):
+    """Numbers of images: the collator cuts a whole batch at once, out of the images that are decoded already."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def build(args: CifarArguments, names: list[str]) -> ResNetForImageClassification:
+    """An untrained ResNet of basic blocks whose first stage keeps the stem's resolution."""
+    config = ResNetConfig(
+        embedding_size=args.embedding_size, hidden_sizes=args.hidden_sizes, depths=args.depths, layer_type="basic",
+        downsample_in_first_stage=False, id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)},
+    )  # fmt: skip
+    return ResNetForImageClassification(config)
+
+
+def class_names(data: Dataset) -> list[str]:
+    """Names of the classes where the file has them, else their numbers."""
+    feature = data.features["label"]
+    return list(getattr(feature, "names", None) or map(str, range(max(data["label"]) + 1)))
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, pictures: Pictures, batch_size: int = 250) -> float:
+    """Top-1 on all of `pictures`, 0 to 1."""
+    device, hits = next(model.parameters()).device, 0
+    for start in range(0, len(pictures), batch_size):
+        batch = pictures.batch(start, batch_size)["pixel_values"].to(device)
+        guesses = model.eval()(pixel_values=batch).logits.argmax(-1).cpu()
+        hits += int((guesses == pictures.labels[start : start + batch_size]).sum())
+    return hits / len(pictures)
+
+
+def first(data: Dataset, most: int | None) -> Dataset:
+    """The first `most` rows, or all of them."""
+    return data if most is None else data.select(range(min(most, len(data))))
+
+
+def main() -> None:
+    """Decode once, train, measure, save the model and metrics.json."""
+    parser = HfArgumentParser((CifarArguments, R2TrainingArguments), description=__doc__)  # type: ignore[arg-type]
+    parser.set_defaults(**DEFAULTS)
+    args, training = parser.parse_args_into_dataclasses()
+    out, start = Path(str(training.output_dir)), time.perf_counter()
+    made = common.provenance({"cifar": asdict(args), "training": training.to_dict()}, training.seed)
+    set_seed(training.seed)
+    data = load_dataset("parquet", data_files={"train": args.train_file, "validation": args.validation_file})
+    train = Pictures(first(data["train"], args.max_train_samples), args.image_size, str(out), "train")
+    validation = Pictures(first(data["validation"], args.max_eval_samples), args.image_size, str(out), "validation")
+    # Channels last: the convolutions of a CPU are about a fifth faster that way.
+    model = build(args, class_names(data["train"])).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    collator: Any = CropAndFlip(train, args.crop_padding)
+    trainer = R2Trainer(model, training, train_dataset=Rows(len(train)), data_collator=collator)
+    trainer.train()
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    model.save_pretrained(out)
+    top1 = accuracy(model, validation)
+    measured = {"accuracy": top1, "train_accuracy": accuracy(model, train), "log": trainer.state.log_history}
+    common.write_json(out / "metrics.json", {**made, **measured, "time_s": round(time.perf_counter() - start, 1)})
+    print(f"{100 * top1:.2f} % on {len(validation)} images; the model is in {out}")
+
+
+if __name__ == "__main__":
+    main()
