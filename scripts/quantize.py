@@ -153,6 +153,16 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(json.dumps(one.get(key)) == json.dumps(value) for key, value in other.items())
 
 
+def basis(args: QuantizeArguments) -> dict[str, Any]:
+    """What every cell depends on."""
+    return {k: v for k, v in asdict(args).items() if k not in ("methods", "widths", "granularities", "options")}
+
+
+def measured_before(content: dict[str, Any], args: QuantizeArguments) -> list[dict[str, Any]]:
+    """The cells of an earlier run, if the model, the data and the seed were the same."""
+    return content.get("results", []) if content.get("basis") == basis(args) else []
+
+
 def table(rows: list[dict[str, Any]], granularity: str) -> str:
     """Methods by widths: accuracy in percent, and seconds in brackets."""
     rows = [row for row in rows if row["granularity"] == granularity]
@@ -180,12 +190,8 @@ def main() -> None:
     file = Path(args.output_dir) / "metrics.json"
     content = json.loads(file.read_text()) if file.is_file() else {}
     data, model = Data(args), load_model(args)
-    rows: list[dict[str, Any]] = content.get("results", [])
-    # Calibration data of another run would make other numbers: nothing of it is taken over.
-    basis = {k: v for k, v in asdict(args).items() if k not in ("methods", "widths", "granularities", "options")}
-    if content.get("basis") != basis:
-        rows = []
-    head = {**common.provenance(asdict(args), args.seed), "basis": basis}
+    rows = measured_before(content, args)
+    head = {**common.provenance(asdict(args), args.seed), "basis": basis(args)}
     head["float_accuracy"] = accuracy(model, data.validation, data.labels)
     print(f"float: {100 * head['float_accuracy']:.2f} %", flush=True)
     for cell in tqdm(wanted, desc="cells"):

@@ -85,9 +85,16 @@ def test_a_table_and_going_on_with_it(tmp_path):
     again = json.loads((tmp_path / "out/metrics.json").read_text())["results"]
     assert again[: len(content["results"])] == content["results"]  # what was there is not measured again
     assert len(again) == len(content["results"]) + 7
-    third = run_script(*flags[:-2], "--calibration_batch", "2", "--methods", "nearest", "--widths", "W4A8")
-    assert third.returncode == 0, third.stderr
-    assert len(json.loads((tmp_path / "out/metrics.json").read_text())["results"]) == 1  # other data, other numbers
+
+
+def test_cells_of_another_run_are_not_taken_over():
+    args = script.QuantizeArguments("model", "a", "b")
+    content = {"basis": script.basis(args), "results": [{"method": "nearest"}]}
+    more = script.QuantizeArguments("model", "a", "b", methods=["dfq"], widths=["W2A2"])
+    assert script.measured_before(content, more) == content["results"]
+    for change in ({"calibration_batch": 2}, {"seed": 1}, {"symmetric": True}, {"image_size": 32}):
+        assert script.measured_before(content, script.QuantizeArguments("model", "a", "b", **change)) == []
+    assert script.measured_before({}, args) == []
 
 
 def test_a_cell_that_is_refused_is_kept_with_its_reason():
