@@ -21,16 +21,19 @@ def test_golden_row():
     assert flip(x.view(1, 5, 1), 0, 15).flatten().tolist() == [1, 1, 0, 0, 1]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 10**6),
-    st.sampled_from([(3, 4, 9), (2, 7, 4), (4, 30, 1), (1, 1, 9), (3, 100, 1)]),
+    st.sampled_from([(3, 4, 9), (2, 7, 4), (4, 30, 1), (1, 1, 9), (3, 100, 1), (2, 80, 4)]),
     st.integers(1, 8),
+    st.booleans(),
 )
-def test_equals_the_slow_loop(seed, shape, bits):
+def test_equals_the_slow_loop(seed, shape, bits, coarse):
     grid = Grid(bits, symmetric=bool(seed % 2))
     # Beyond the grid's ends too: what is clipped cannot go further.
     x = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * (2**bits + 1) - 1
+    if coarse:  # many equal errors, sums exactly between two counts: of equal ones the first go, in rows of any length
+        x = (x * 8).round() / 8
     assert flip(x, grid.qmin, grid.qmax).tolist() == slow.flip(x.tolist(), grid.qmin, grid.qmax)
 
 
@@ -81,10 +84,8 @@ def test_channel_sums_of_packed_models(name):
         e, layer = encoded(module), model.get_submodule(key)
         weight = layer.weight.detach()
         position = weight / e.scale + e.zero_point
-        inside = (position > 1.5) & (position < 14.5)
-        off = by_kernel(layer, (e.codes.float() - position) * 1.0)
-        room = by_kernel(layer, inside).float().mean((1, 2)) > 0.5  # enough candidates away from the border
-        assert off.sum((1, 2)).abs()[room].max() <= 0.5 + 2e-3
+        off = by_kernel(layer, e.codes.float() - position)
+        assert off.sum((1, 2)).abs().max() <= 0.5 + 1e-4
         flipped += int((e.codes != nearest(weight, e.scale, e.zero_point, Grid(4))).sum())
     assert flipped > 0
 

@@ -12,8 +12,6 @@ from hf_r2.attach import encoder_of, prepared_layers
 from hf_r2.encoders.affine import Affine
 from hf_r2.layers import TRANSPOSED, is_transformers_conv1d
 
-SHORT = 64  # rows up to this length are sorted, of longer ones only the leading entries
-
 
 def squant_(model: nn.Module, batches: Iterable[Mapping[str, Any]] | None = None) -> None:
     """Pins codes for every weight of a prepared model, data-free, on the grids over each weight's minimum and maximum.
@@ -64,8 +62,10 @@ def flip(x: Tensor, qmin: int, qmax: int) -> Tensor:
     From the nearest codes, in each kernel the round(|sum of errors|) elements with the largest error of the sum's sign go
     to the next code (its errors then sum to at most 1/2); then in each channel as many kernels take one step more, or
     back (channel sums at most 1/2, kernel sums at most 1), as far as there are codes within [qmin, qmax] to go to. No
-    error exceeds 1. Kernels of one element have no stage of their own: the channel chooses among all elements.
+    error exceeds 1. Kernels of one element have no stage of their own: the channel chooses among all elements. Of equal
+    errors the first ones go.
     """
+    x = x.float()
     codes = x.round().clamp_(qmin, qmax)
     error = codes - x
     if x.shape[2] == 1:
@@ -94,30 +94,35 @@ def _flip_rows(error: Tensor, codes: Tensor, qmin: int, qmax: int) -> tuple[Tens
     """Steps of -1, 0 or 1 that bring the sums of the rows [..., n] to at most 1/2, and what each row has to spare."""
     total = error.sum(-1)
     sign, wanted = total.sign(), total.abs().round()
-    room = torch.where(sign[..., None] > 0, codes > qmin, codes < qmax)
-    size = torch.where((error.sign() == sign[..., None]) & room & (sign[..., None] != 0), error.abs(), -1.0)
+    end = torch.full_like(sign, qmax).masked_fill_(sign > 0, qmin)  # codes there have nowhere to go
+    size = error * sign[..., None]
+    size *= codes != end[..., None]
     leading = _leading(size, wanted)
-    flipped = _mark(size, leading, wanted)
     # Overshot: the last one flipped may go back, its error is now 1 - |e|. Else the next one may follow, its error is |e|.
     back = (wanted >= total.abs()) & (wanted > 0)
-    rank = (wanted - back.float()).long().clamp(max=leading.shape[-1] - 1)
-    place = leading.gather(-1, rank[..., None])[..., 0]
+    rank = wanted.long() - back.long()
+    place = leading.gather(-1, rank.clamp(max=leading.shape[-1] - 1)[..., None])[..., 0]
     left = size.gather(-1, place[..., None])[..., 0]
-    enough = (left >= 0) & ((wanted - back.float()) < size.shape[-1])
-    spare = _Spare(place, torch.where(back, sign, -sign), torch.where(enough, torch.where(back, 1 - left, left), -1.0))
-    return torch.where(flipped, -sign[..., None], 0.0), spare
+    # A rank past the row's end means clipped entries, which come last and have no size.
+    spare = _Spare(
+        place, torch.where(back, sign, -sign), torch.where(left > 0, torch.where(back, 1 - left, left), -1.0)
+    )
+    return _mark(size, leading, wanted) * -sign[..., None], spare
 
 
 def _leading(size: Tensor, count: Tensor) -> Tensor:
-    """Indices of the largest entries of each row, largest first, one more than the largest `count` where there are."""
+    """Indices of the largest entries of each row, largest first, one more than the largest `count` where there are.
+
+    Compared are the bits of a float (they order as the floats do, all negative ones last) with the place behind them, so
+    that of equal entries the first leads: a stable sort, at the price of picking few.
+    """
     n = size.shape[-1]
-    most = min(n, int(count.max()) + 1) if count.numel() else 1
-    if n <= SHORT:  # equal ones in the order they stand
-        return size.argsort(dim=-1, descending=True, stable=True)[..., :most]
-    return size.topk(most, dim=-1).indices
+    most = min(n, int(count.max()) + 1)
+    behind = torch.arange(n, 0, -1, device=size.device)
+    return torch.add(behind, size.view(torch.int32).long(), alpha=2**32).topk(most, dim=-1).indices
 
 
 def _mark(size: Tensor, leading: Tensor, count: Tensor) -> Tensor:
-    """True for the first `count` of the `leading` entries of each row, those with a size below zero left out."""
+    """True for the first `count` of the `leading` entries of each row, those without a size above zero left out."""
     among = torch.arange(leading.shape[-1], device=size.device) < count[..., None]
-    return torch.zeros_like(size, dtype=torch.bool).scatter_(-1, leading, among) & (size >= 0)
+    return torch.zeros_like(size, dtype=torch.bool).scatter_(-1, leading, among) & (size > 0)
