@@ -33,7 +33,8 @@ def mse_range(
     "1d": both ends shrink together, i/100 of them for i = 1..100 (BRECQ; from 21 on there). "2d": 100 widths times all
     zero points (QDrop, PD-Quant), for asymmetric grids. "auto": 2d for asymmetric grids of up to 4 bits over values of
     both signs (8 bits would be 25,600 candidates for next to no gain), else 1d. The plain range is among the candidates:
-    with p = 2 the squared error is never above that of minimum and maximum. 1-bit symmetric grids keep their range.
+    with p = 2 the squared error is never above that of minimum and maximum. 1-bit symmetric grids keep their range. NaN
+    and infinity count as zero: the range is finite.
 
     Raises ValueError for p <= 0 and for an unknown search.
     """
@@ -41,7 +42,7 @@ def mse_range(
         raise ValueError(f"p must be positive, got {p}")
     if search not in ("auto", "1d", "2d"):
         raise ValueError(f"search must be one of auto, 1d, 2d; got {search!r}")
-    x = x.detach().float()
+    x = _finite(x)
     low, high = observed_range(x, grid, axis)
     if x.numel() == 0 or (grid.symmetric and grid.bits == 1):
         return low, high
@@ -71,14 +72,15 @@ def _better(
 def percentile_range(x: Tensor, grid: Grid, axis: int | None, *, percentile: float = 0.9999) -> tuple[Tensor, Tensor]:
     """The quantiles (1 - percentile, percentile) per index of `axis` or of all of `x`; of |x| for symmetric grids.
 
-    Taken by rank, at least the first: with fewer than 1 / (1 - percentile) values these are minimum and maximum. 1-bit
-    symmetric grids keep their optimal range.
+    Taken by rank, at least the first: with fewer than 1 / (1 - percentile) values these are minimum and maximum. So they
+    are where both quantiles are zero, for such a range has no width. 1-bit symmetric grids keep their optimal range. NaN
+    and infinity count as zero: the range is finite.
 
     Raises ValueError for a percentile outside (0.5, 1].
     """
     if not 0.5 < percentile <= 1:
         raise ValueError(f"percentile must be above 0.5 and at most 1, got {percentile}")
-    x = x.detach().float()
+    x = _finite(x)
     low, high = observed_range(x, grid, axis)
     if x.numel() == 0 or (grid.symmetric and grid.bits == 1):
         return low, high
@@ -86,4 +88,11 @@ def percentile_range(x: Tensor, grid: Grid, axis: int | None, *, percentile: flo
     values = (rows.abs() if grid.symmetric else rows).sort(dim=1).values
     cut = int(values.shape[1] * (1 - percentile) + 1e-9)  # values beyond the range on each side
     top = values[:, -1 - cut].view(low.shape)
-    return (-top if grid.symmetric else values[:, cut].view(low.shape)), top
+    bottom = -top if grid.symmetric else values[:, cut].view(low.shape)
+    empty = (bottom == 0) & (top == 0)
+    return torch.where(empty, low, bottom), torch.where(empty, high, top)
+
+
+def _finite(x: Tensor) -> Tensor:
+    """`x` in float32 with zero, which every range holds or is extended to, in place of NaN and infinity."""
+    return x.detach().float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 
 from hf_r2 import R2QuantConfig, quantize
 from hf_r2.encoders.activations import InputQuantizer
-from hf_r2.grid import Grid, observed_range
-from hf_r2.packed_layers import packed_layers
+from hf_r2.grid import Grid, observed_range, scale_and_zero_point
+from hf_r2.packed_layers import encoded, packed_layers
 from hf_r2.ranges import error, mse_range, percentile_range
-from tests.models import float_model
+from tests.models import float_model, logits
+from tests.reference.ranges import least_error, mean_error
 from tests.test_requant import gaussian
 
 
@@ -48,6 +49,32 @@ def test_two_ends_of_their_own_are_better_for_lopsided_values():
     assert wider[0] < mse_range(x, grid, None, p=2)[0]
 
 
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "search"),
+    [(2, True, "1d"), (3, False, "1d"), (2, False, "2d"), (3, False, "2d"), (3, False, "auto")],
+)
+@pytest.mark.parametrize("p", [2, 2.4])
+def test_finds_what_a_loop_over_every_candidate_finds(bits, symmetric, search, p):
+    x = torch.randn(4, 12, generator=torch.Generator().manual_seed(1))
+    x[0] = torch.cat([x[0, 1:].abs() + 1, torch.tensor([-0.01])])  # best without negative levels: zero point 0
+    x[1] = -x[0]  # without positive ones: the last zero point
+    low, high = mse_range(x, Grid(bits, symmetric), 0, p=p, search=search)
+    for row, start, end in zip(x.tolist(), low.flatten().tolist(), high.flatten().tolist(), strict=True):
+        least = least_error(row, bits, symmetric, p, "2d" if search == "auto" else search)
+        assert mean_error(row, start, end, bits, symmetric, p) == pytest.approx(least, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("bits", "positive", "takes"), [(2, False, "2d"), (4, False, "2d"), (5, False, "1d"), (4, True, "1d")]
+)
+def test_auto_takes_two_dimensions_for_few_levels_over_both_signs(bits, positive, takes):
+    x = torch.randn(300, generator=torch.Generator().manual_seed(2)) + 0.7
+    x, grid = x.abs() if positive else x, Grid(bits, symmetric=False)
+    ranges = {search: torch.cat(mse_range(x, grid, None, search=search)) for search in ("auto", "1d", "2d")}
+    assert torch.equal(ranges["auto"], ranges[takes])
+    assert positive or not torch.equal(ranges["1d"], ranges["2d"])  # or the choice would not show
+
+
 def test_percentiles_by_rank():
     x = torch.arange(-1000, 1001).float()
     low, high = percentile_range(x, Grid(8, symmetric=False), None, percentile=0.999)
@@ -75,6 +102,30 @@ def test_degenerate_values_give_finite_ranges(x, search):
         assert torch.isfinite(low) and torch.isfinite(high) and low <= high
 
 
+@pytest.mark.parametrize("search", [mse_range, percentile_range])
+@pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
+@pytest.mark.parametrize("grid", [Grid(1), Grid(4), Grid(4, symmetric=False)], ids=str)
+def test_values_that_are_not_finite_count_as_zero(search, bad, grid):
+    x = torch.randn(2, 20, generator=torch.Generator().manual_seed(0))
+    x[1, 7], zeroed = bad, x.clone()
+    zeroed[1, 7] = 0
+    for axis in (0, None):
+        for end, other in zip(search(x, grid, axis), search(zeroed, grid, axis), strict=True):
+            assert torch.isfinite(end).all() and torch.equal(end, other)
+    assert (search(torch.full((2, 4), bad), grid, 0)[1] == 0).all()
+
+
+@pytest.mark.parametrize("grid", [Grid(4), Grid(4, symmetric=False)], ids=str)
+def test_a_quantile_of_sparse_values_is_no_range_of_nothing(grid):
+    x = torch.zeros(2, 1000)
+    x[0, :3] = torch.tensor([1.0, 0.3, -0.5])  # fewer than the 5 that a percentile of .995 cuts at each end
+    x[1] = torch.linspace(-1, 1, 1000)
+    low, high = percentile_range(x, grid, 0, percentile=0.995)
+    assert low[0].item() == -0.5 and high[0].item() == 1
+    assert -1 < low[1].item() < -0.98 and 0.98 < high[1].item() < 1
+    assert torch.equal(percentile_range(x * 8, grid, 0, percentile=0.995)[1], high * 8)
+
+
 def test_bad_arguments():
     x = torch.randn(10)
     with pytest.raises(ValueError, match="p must be positive, got 0"):
@@ -100,6 +151,32 @@ def test_weights_of_a_model(method, granularity):
         smaller += bool((layer.weight_scale < other.weight_scale).any())
         assert (layer.weight_scale <= other.weight_scale * (1 + 1e-6)).all()
     assert smaller >= 10
+
+
+@pytest.mark.parametrize("p", [1.0, 6.0])
+@pytest.mark.parametrize("search", ["1d", "2d"])
+def test_options_reach_the_search(p, search):
+    model, grid = float_model("bert"), Grid(3, symmetric=False)
+    config = R2QuantConfig("mse", 3, symmetric=False, options={"p": p, "search": search}, skip=["*embeddings*"])
+    packed = packed_layers(quantize(model, config))
+    weights = [model.get_submodule(name).weight for name in packed]
+
+    def chosen(**options):
+        found = [scale_and_zero_point(*mse_range(w, grid, 0, **options), grid) for w in weights]
+        return torch.cat([torch.stack(pair).flatten() for pair in found])
+
+    layers = [encoded(layer) for layer in packed.values()]
+    stored = torch.cat([torch.stack([e.scale, e.zero_point.float()]).flatten() for e in layers])
+    assert torch.equal(stored, chosen(p=p, search=search))
+    # Both options matter for these weights, so that losing one would be seen.
+    assert not torch.equal(stored, chosen(search=search))
+    assert not torch.equal(stored, chosen(p=p, search={"1d": "2d", "2d": "1d"}[search]))
+
+
+@pytest.mark.parametrize("method", ["mse", "percentile", "requant"])
+def test_one_bit_keeps_the_mean_magnitude(method):
+    one, plain = (quantize(float_model("bert"), R2QuantConfig(m, 1)) for m in (method, "nearest"))
+    assert torch.equal(logits(one, "bert"), logits(plain, "bert"))
 
 
 def test_inputs_of_a_layer():

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_r2 import R2QuantConfig, quantize
+from hf_r2.encoders.palette import Palette
 from hf_r2.packed_layers import packed_layers
 from hf_r2.ptq.requant import POWERS, best_scale, palette, restored, search, transformed
 from hf_r2.report import report
@@ -60,8 +61,21 @@ def test_heavy_tails_choose_a_power_and_uniform_weights_none():
     assert power < 0.5 * plain
 
 
+def test_palette_takes_the_nearest_level_and_the_identity_s_gradient():
+    w = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    levels, scale = torch.tensor([-1.0, -0.2, 0.1, 0.9]), torch.tensor([[0.5], [1.0], [3.0]])
+    encoder = Palette(levels, scale)
+    nearest = (w.detach()[..., None] - scale[..., None] * levels).abs().argmin(-1)
+    e = encoder.encode(w)
+    assert encoder.bits == e.bits == 2 and torch.equal(e.codes, nearest.to(torch.uint8))
+    value = encoder(w)
+    torch.testing.assert_close(value, levels[nearest] * scale, rtol=0, atol=0)
+    value.mul(torch.arange(40)).sum().backward()
+    assert torch.equal(w.grad, torch.arange(40.0).expand(3, 40))
+
+
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
-@pytest.mark.parametrize("name", ["bert", "resnet"])
+@pytest.mark.parametrize("name", ["bert", "resnet", "marian"])
 def test_packs_and_comes_back(name, granularity, tmp_path):
     model = float_model(name)
     packed = {
