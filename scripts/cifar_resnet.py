@@ -134,7 +134,8 @@ def main() -> None:
     model = build(args, class_names(data["train"])).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     collator: Any = CropAndFlip(train, args.crop_padding)
     trainer = R2Trainer(model, training, train_dataset=Rows(len(train)), data_collator=collator)
-    trainer.train()
+    resume = training.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     model.save_pretrained(out)
     top1 = accuracy(model, validation)

@@ -1,0 +1,79 @@
+"""scripts/cifar_resnet.py: its random crops, and a run of two steps that is saved and measured."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import load_dataset
+from transformers import AutoModelForImageClassification
+
+from tests.test_quantize_script import images, pictures
+
+ROOT = Path(__file__).resolve().parent.parent
+script = importlib.import_module("cifar_resnet")
+pytest.importorskip("PIL.Image")
+
+
+@pytest.fixture
+def decoded(tmp_path):
+    """Twelve images of 8 x 8 pixels, none of them black anywhere."""
+    pictures(tmp_path / "some.parquet", 12)
+    found = images.Pictures(load_dataset("parquet", data_files=str(tmp_path / "some.parquet"))["train"], 8, "", "some")
+    found.pixels.clamp_(min=1)
+    return found
+
+
+def place(cut, image, padding):
+    """Where the crop came from: (flipped, top, left), found by trying all of them."""
+    padded = torch.zeros(3, 8 + 2 * padding, 8 + 2 * padding)
+    padded[:, padding : padding + 8, padding : padding + 8] = image
+    for flipped in (False, True):
+        back = cut.flip(-1) if flipped else cut
+        for top in range(2 * padding + 1):
+            for left in range(2 * padding + 1):
+                if torch.equal(back, padded[:, top : top + 8, left : left + 8]):
+                    return flipped, top, left
+    return None
+
+
+def test_crops_are_pieces_of_their_own_image_and_reach_every_place(decoded):
+    places, rows = set(), [5, 0, 11] * 100
+    batch = script.CropAndFlip(decoded, 1)(rows)
+    assert batch["labels"].tolist() == decoded.labels[rows].tolist()
+    for cut, row in zip(batch["pixel_values"], rows, strict=True):
+        places.add(place((cut * 127.5 + 127.5).round(), decoded.pixels[row].float(), 1))
+    assert places == {(f, t, x) for f in (False, True) for t in range(3) for x in range(3)}
+
+
+def test_the_same_seed_gives_the_same_crops(decoded):
+    cut, drawn = script.CropAndFlip(decoded, 4), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(cut(list(range(12)))["pixel_values"])
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_a_short_run_saves_what_it_measured(tmp_path):
+    pictures(tmp_path / "train.parquet", 9)
+    pictures(tmp_path / "test.parquet", 10)
+    out = tmp_path / "out"
+    flags = ["--train_file", str(tmp_path / "train.parquet"), "--validation_file", str(tmp_path / "test.parquet")]
+    flags += ["--image_size", "16", "--embedding_size", "8", "--hidden_sizes", "8", "16", "--depths", "1", "2"]
+    flags += ["--per_device_train_batch_size", "4", "--num_train_epochs", "1", "--seed", "3", "--save_steps", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "scripts/cifar_resnet.py", *flags, "--save_strategy", "steps", "--output_dir", str(out)]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["command"].startswith("python scripts/cifar_resnet.py") and metrics["seed"] == 3
+    assert metrics["log"][-1]["step"] == 2 and (out / "checkpoint-1/trainer_state.json").is_file()
+    model = AutoModelForImageClassification.from_pretrained(out)
+    assert model.config.hidden_sizes == [8, 16] and model.config.layer_type == "basic" and model.num_labels == 2
+    test = images.Pictures(load_dataset("parquet", data_files=str(tmp_path / "test.parquet"))["train"], 16, "", "test")
+    assert script.accuracy(model, test) == metrics["accuracy"]
+    assert f"{100 * metrics['accuracy']:.2f} % on 10 images" in run.stdout
