@@ -26,9 +26,11 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     HfArgumentParser,
+    PreTrainedModel,
 )
 
 import common
+import qnli_data
 from hf_r2 import R2QuantConfig, quantize
 from hf_r2.report import report
 from images import Pictures
@@ -44,7 +46,8 @@ class QuantizeArguments:
     calibration_file: str = field(metadata={"help": "Local parquet; its labels are not used."})
     validation_file: str = field(metadata={"help": "Local parquet to measure on."})
     task: str = field(
-        default="image-classification", metadata={"help": "image-classification or text-classification."}
+        default="image-classification",
+        metadata={"help": "What the files hold.", "choices": ["image-classification", "text-classification"]},
     )
     methods: list[str] = field(default_factory=lambda: ["nearest", "mse"], metadata={"help": "Post-training methods."})
     widths: list[str] = field(default_factory=lambda: ["W8A8", "W4A8"], metadata={"help": "W4A8, W4A32 and so on."})
@@ -63,6 +66,10 @@ class QuantizeArguments:
     image_size: int = field(default=224, metadata={"help": "Images are cut to squares of so many pixels."})
     max_length: int = field(default=128, metadata={"help": "Tokens of a pair of texts at most."})
     seed: int = field(default=0, metadata={"help": "Seed of the choice of calibration samples, and of the methods."})
+    save_dir: str | None = field(
+        default=None,
+        metadata={"help": "Packed models go into its folders METHOD-WIDTH-GRANULARITY; cells measured before do not."},
+    )
     output_dir: str = field(default="runs/quantize", metadata={"help": "Where metrics.json goes."})
 
 
@@ -91,11 +98,13 @@ class Data:
         self, args: QuantizeArguments, data: Any, size: int, name: str
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-        pairs = zip(data["question"], data["sentence"], strict=True)
-        texts = tokenizer([list(pair) for pair in pairs], truncation=True, max_length=args.max_length)
-        rows = [{key: texts[key][i] for key in texts} for i in range(len(data))]
+        # Calibration keeps the drawn order: batches of one length would be no sample of the data.
+        texts = qnli_data.tokenized(
+            qnli_data.checked(data, name), tokenizer, args.max_length, by_length=name == "validation"
+        )
+        labels, rows = torch.tensor(texts["labels"]), texts.remove_columns("labels")
         batches = [tokenizer.pad(rows[i : i + size], return_tensors="pt") for i in range(0, len(rows), size)]
-        return [dict(batch) for batch in batches], torch.tensor(data["label"])
+        return [dict(batch) for batch in batches], labels
 
 
 @torch.inference_mode()
@@ -107,7 +116,7 @@ def accuracy(model: nn.Module, batches: Iterable[dict[str, Tensor]], labels: Ten
     return float((torch.cat(guesses) == labels).float().mean())
 
 
-def load_model(args: QuantizeArguments) -> nn.Module:
+def load_model(args: QuantizeArguments) -> PreTrainedModel:
     """The float classifier, on the accelerator where there is one."""
     images = args.task == "image-classification"
     auto = AutoModelForImageClassification if images else AutoModelForSequenceClassification
@@ -134,8 +143,8 @@ def cells(args: QuantizeArguments) -> list[dict[str, Any]]:
     return found
 
 
-def run(cell: dict[str, Any], model: nn.Module, data: Data) -> dict[str, Any]:
-    """Quantizes once and measures; a cell that the library refuses keeps its message."""
+def run(cell: dict[str, Any], model: PreTrainedModel, data: Data, save_dir: str | None = None) -> dict[str, Any]:
+    """Quantizes once, measures, and saves if asked; a cell that the library refuses keeps its message."""
     keys = ("method", "weight_bits", "act_bits", "granularity", "symmetric", "options", "first_last_bits")
     start = time.perf_counter()
     try:
@@ -143,8 +152,11 @@ def run(cell: dict[str, Any], model: nn.Module, data: Data) -> dict[str, Any]:
     except ValueError as error:
         return {**cell, "error": str(error)}
     seconds = time.perf_counter() - start
-    said = report(packed)
+    said, start = report(packed), time.perf_counter()
     measured = {"accuracy": accuracy(packed, data.validation, data.labels), "time_s": seconds}
+    measured["eval_s"] = time.perf_counter() - start
+    if save_dir is not None:
+        packed.save_pretrained(Path(save_dir) / f"{cell['method']}-{cell['width']}-{cell['granularity']}")
     return {**cell, **measured, **{key: said[key] for key in ("bits_per_weight", "policy", "notes")}}
 
 
@@ -155,7 +167,8 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def basis(args: QuantizeArguments) -> dict[str, Any]:
     """What every cell depends on."""
-    return {k: v for k, v in asdict(args).items() if k not in ("methods", "widths", "granularities", "options")}
+    free = ("methods", "widths", "granularities", "options", "save_dir")
+    return {k: v for k, v in asdict(args).items() if k not in free}
 
 
 def measured_before(content: dict[str, Any], args: QuantizeArguments) -> list[dict[str, Any]]:
@@ -164,7 +177,7 @@ def measured_before(content: dict[str, Any], args: QuantizeArguments) -> list[di
 
 
 def table(rows: list[dict[str, Any]], granularity: str) -> str:
-    """Methods by widths: accuracy in percent, and seconds in brackets."""
+    """Methods by widths: accuracy in percent; in brackets seconds of quantizing and effective bits per weight."""
     rows = [row for row in rows if row["granularity"] == granularity]
     widths = list(dict.fromkeys(row["width"] for row in rows))
     lines = [f"| {granularity} | {' | '.join(widths)} |", "|---|" + "---|" * len(widths)]
@@ -179,7 +192,7 @@ def text(row: dict[str, Any] | None) -> str:
     """A cell of the table."""
     if row is None or "error" in row:
         return "-" if row is None else "refused"
-    return f"{100 * row['accuracy']:.1f} ({row['time_s']:.0f} s)"
+    return f"{100 * row['accuracy']:.1f} ({row['time_s']:.0f} s, {row['bits_per_weight']:.2f} b)"
 
 
 def main() -> None:
@@ -198,7 +211,7 @@ def main() -> None:
         if any(same(row, cell) for row in rows):
             continue
         torch.manual_seed(args.seed)
-        rows.append(run(cell, model, data))
+        rows.append(run(cell, model, data, args.save_dir))
         tqdm.write(
             f"{cell['method']} {cell['width']} {cell['granularity']}: {rows[-1].get('error') or text(rows[-1])}"
         )

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_dataset
+from transformers import AutoModelForImageClassification
 
 from tests.models import float_model
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 script = importlib.import_module("quantize")
+images = importlib.import_module("images")
 Image = pytest.importorskip("PIL.Image")
 
 
@@ -48,7 +50,7 @@ def test_a_table_and_going_on_with_it(tmp_path):
     flags = [
         "--model_name_or_path", str(tmp_path / "model"), "--calibration_file", str(tmp_path / "train.parquet"),
         "--validation_file", str(tmp_path / "test.parquet"), "--image_size", "32", "--output_dir", str(tmp_path / "out"),
-        "--calibration_batch", "3",
+        "--calibration_batch", "3", "--save_dir", str(tmp_path / "packed"),
     ]  # fmt: skip
     first = run_script(
         *flags,
@@ -68,6 +70,12 @@ def test_a_table_and_going_on_with_it(tmp_path):
     assert all(row["time_s"] > 0 and 0 <= row["accuracy"] <= 1 for row in rows.values())
     assert rows["nearest", "W4A8"]["bits_per_weight"] > 4 and "like the rest" in rows["nearest", "W4A8"]["policy"]
     assert content["command"].startswith("python scripts/quantize.py") and 0 <= content["float_accuracy"] <= 1
+    assert all(row["eval_s"] > 0 for row in rows.values())
+    saved = AutoModelForImageClassification.from_pretrained(tmp_path / "packed/nearest-W4A8-per_channel").eval()
+    test = images.Pictures(load_dataset("parquet", data_files=str(tmp_path / "test.parquet"))["train"], 32, "", "test")
+    assert script.accuracy(saved, test.batches(50), test.labels) == rows["nearest", "W4A8"]["accuracy"]
+    cell = f"{rows['nearest', 'W4A8']['bits_per_weight']:.2f} b)"
+    assert cell in next(line for line in first.stdout.splitlines() if line.startswith("| nearest |"))
     assert "| adaround |" in first.stdout and "| per_channel | W8A32 | W4A8 |" in first.stdout
     second = run_script(
         *flags,
@@ -117,7 +125,6 @@ def test_widths_that_cannot_be_read(width):
 
 
 def test_images_are_cut_from_the_middle():
-    images = importlib.import_module("images")
     pixels = torch.zeros(40, 60, 3, dtype=torch.uint8)
     pixels[4:36, 14:46] = 200
     picture = Image.frombytes("RGB", (60, 40), bytes(pixels.flatten().tolist()))
