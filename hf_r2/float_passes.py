@@ -24,8 +24,8 @@ class FloatPasses:
     """Options that every post-training method takes; raises ValueError for a value that makes no sense.
 
     `fold`: fold batch norms into the convolutions before them; None: where a graph can be read. `equalize`: cross-layer
-    equalization (DFQ), `absorb`: high-bias absorption after it; None: as the method wants it (only `dfq` does).
-    `relu6`: what becomes of a ReLU6 between equalized layers, see `equalize_`.
+    equalization (DFQ), `absorb`: high-bias absorption after it; None: as the method wants it (only `dfq` does, where grids
+    are per tensor). `relu6`: what becomes of a ReLU6 between equalized layers, see `equalize_`.
     """
 
     fold: bool | None = None

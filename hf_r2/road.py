@@ -60,8 +60,11 @@ def quantize_(model: nn.Module, config: R2QuantConfig, batches: Batches | None) 
     data = None if batches is None else checked(batches, options.get("samples", SAMPLES))
     if data is not None:
         check_accepted(model, data)
-    passes = replace(passes, **{k: v for k, v in method.passes.items() if getattr(passes, k) is None})
+    if config.granularity == "per_tensor":
+        passes = replace(passes, **{k: v for k, v in method.per_tensor_passes.items() if getattr(passes, k) is None})
     skeleton = apply_passes_(model, passes, data[0] if data else None)
+    if method.per_tensor_passes and not passes.equalize:
+        skeleton.setdefault("notes", []).append("not equalized: equal ranges serve grids per tensor")
     prepare_(model, config, skeleton)
     await_ranges_(model)
     method.run(model, data, **options)

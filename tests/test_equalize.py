@@ -15,6 +15,7 @@ from hf_r2.graph.fold import fold_, statistics_of
 from hf_r2.graph.statistics import clipped_normal, input_statistics
 from hf_r2.packed_layers import packed_layers
 from hf_r2.report import report
+from hf_r2.spec import GRANULARITIES
 from tests.models import auto_class, float_model, inputs_for, logits
 
 
@@ -221,10 +222,18 @@ def test_dfq_without_any_data(name, tmp_path, caplog):
 
 def test_dfq_says_what_it_skips_without_batch_norm(caplog):
     model = float_model("mobilebert")
-    packed = quantize(model, R2QuantConfig("dfq", 8), [inputs_for("mobilebert")])
+    packed = quantize(model, R2QuantConfig("dfq", 8, options={"equalize": True}), [inputs_for("mobilebert")])
     assert "no batch norm was folded" in caplog.text
     assert "2 pairs equalized" in report(packed)["notes"]
     torch.testing.assert_close(logits(packed, "mobilebert"), logits(model, "mobilebert"), rtol=0.3, atol=0.1)
+
+
+def test_dfq_equalizes_for_grids_per_tensor_only():
+    notes = {
+        g: report(quantize(float_model("mobilenet_v1"), R2QuantConfig("dfq", 8, g)))["notes"] for g in GRANULARITIES
+    }
+    assert "27 pairs equalized" in notes["per_tensor"]
+    assert "not equalized: equal ranges serve grids per tensor" in notes["per_channel"]
 
 
 def test_dfq_options():

@@ -100,3 +100,17 @@ def test_one_bit_and_zero_weights_keep_the_nearest():
     other = quantize(model, R2QuantConfig(weight_bits=1))
     one = quantize(model, R2QuantConfig(method="squant", weight_bits=1))
     assert torch.equal(one[0].weight, other[0].weight)
+
+
+def test_bias_correction_from_statistics():
+    model = float_model("mobilenet_v1")
+    states = []
+    for correction in ("none", "analytic"):
+        config = R2QuantConfig("squant", 3, symmetric=False, options={"bias_correction": correction})
+        states.append(quantize(model, config).state_dict())
+    biases = [key for key in states[0] if key.endswith("bias") and "conv_stem" not in key]
+    changed = [key for key in biases if not torch.equal(states[0][key], states[1][key])]
+    assert len(changed) == len(biases) == 27
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0] if key not in changed)
+    with pytest.raises(ValueError, match="bias_correction must be none or analytic, got 'some'"):
+        quantize(model, R2QuantConfig("squant", options={"bias_correction": "some"}))

@@ -23,8 +23,8 @@ class PTQMethod:
 
     `data_free`: works without batches. `data_free_ranges`: without batches, static input ranges come from batch-norm
     statistics, and where these tell nothing from each batch itself. `act_rule`: how static input ranges are set
-    afterwards (`InputQuantizer.finish`). `passes`: what is done to the float model first unless the options say otherwise
-    (`FloatPasses`).
+    afterwards (`InputQuantizer.finish`). `per_tensor_passes`: what is done to the float model first where grids are per tensor,
+    unless the options say otherwise (`FloatPasses`); a grid for each channel has no use for equal ranges.
     """
 
     run: Callable[..., None]
@@ -32,7 +32,7 @@ class PTQMethod:
     data_free: bool = False
     data_free_ranges: bool = False
     act_rule: str = "minmax"
-    passes: Mapping[str, bool] = field(default_factory=dict)
+    per_tensor_passes: Mapping[str, bool] = field(default_factory=dict)
 
 
 EQUALIZED = {"equalize": True, "absorb": True}
@@ -41,7 +41,7 @@ PTQ_METHODS: dict[str, PTQMethod] = {
     "mse": PTQMethod(mse_, "arXiv:2102.05426", data_free=True, act_rule="mse"),
     "percentile": PTQMethod(percentile_, "quantile clipping", data_free=True, act_rule="percentile"),
     "requant": PTQMethod(requant_, "arXiv:2510.04044", data_free=True, act_rule="mse"),
-    "dfq": PTQMethod(dfq_, "arXiv:1906.04721", data_free=True, data_free_ranges=True, passes=EQUALIZED),
+    "dfq": PTQMethod(dfq_, "arXiv:1906.04721", data_free=True, data_free_ranges=True, per_tensor_passes=EQUALIZED),
     "squant": PTQMethod(squant_, "arXiv:2202.07471", data_free=True, data_free_ranges=True),
     "adaround": PTQMethod(adaround_, "arXiv:2004.10568", act_rule="mse"),
     "pdquant": PTQMethod(pdquant_, "arXiv:2212.07048", act_rule="mse"),

@@ -6,19 +6,17 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_r2.attach import encoder_of, prepared_layers
+from hf_r2.attach import prepared_layers
 from hf_r2.batches import checked, evaluating
 from hf_r2.calibration import range_by_statistics_
-from hf_r2.dressed import float_weights, set_bias_
+from hf_r2.dressed import float_weights
 from hf_r2.graph import example_inputs, find_blocks, read_graph
-from hf_r2.graph.equalize import grouped
-from hf_r2.graph.statistics import Statistics, input_statistics
-from hf_r2.layers import WeightLayer, is_table
-from hf_r2.ptq.bias import match_mean_
+from hf_r2.graph.statistics import input_statistics
+from hf_r2.layers import is_table
+from hf_r2.ptq.bias import correct_by_statistics_, match_mean_
 from hf_r2.ptq.walk import walk
 
 logger = logging.getLogger(__name__)
@@ -34,7 +32,8 @@ def dfq_(
 ) -> None:
     """Corrects the biases of a prepared model for the mean error of its rounded weights, and ranges its inputs, data-free.
 
-    Cross-layer equalization and high-bias absorption come before, on the float model (`equalize_`). "analytic" (eq. 17):
+    Where grids are per tensor, cross-layer equalization and high-bias absorption come before, on the float model
+    (`equalize_`); the options `equalize` and `absorb` ask for them, or forbid them, anywhere. "analytic" (eq. 17):
     b' = b - (W_hat - W) E[x], E[x] of the rectified normal that the folded batch norm before gives; "empirical" (appendix D):
     b' = b - mean of (quantized output - float output) over `batches`, layer after layer; "none". Input ranges come from
     batch-norm statistics (mean +- 6 std, section 4.3) where these are known. Layers without bias or without a known
@@ -57,8 +56,7 @@ def dfq_(
         range_by_statistics_(model, statistics)
         layers = {layer.name: layer for layer in prepared_layers(model) if not is_table(layer.module)}
         if bias_correction == "analytic":
-            done = sum(_correct_analytic_(layer, statistics.get(name)) for name, layer in layers.items())
-            logger.info("dfq: biases of %d of %d layers corrected from statistics", done, len(layers))
+            correct_by_statistics_(layers.values(), statistics)
         elif bias_correction == "empirical":
             assert data is not None
             with tqdm(total=len(layers), desc="dfq", unit="layer", disable=not progress) as bar:
@@ -66,15 +64,3 @@ def dfq_(
                     for name in [name for name in step.block.layers if name in layers]:
                         match_mean_(model, step, layers[name])
                         bar.update()
-
-
-@torch.no_grad()
-def _correct_analytic_(layer: WeightLayer, statistics: Statistics | None) -> int:
-    """Returns 1 if the bias was corrected."""
-    bias = layer.module._parameters.get("bias")
-    if bias is None or statistics is None:
-        return 0
-    error = encoder_of(layer).encode(layer.weight).decode() - layer.weight.float()  # type: ignore[operator]
-    kernels = grouped(layer.module, error).sum(3)  # [groups, out / groups, in / groups]
-    set_bias_(layer.module, bias - (kernels * statistics.mean.view(kernels.shape[0], 1, -1)).sum(2).flatten())
-    return 1

@@ -9,16 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from hf_r2.attach import encoder_of, prepared_layers
+from hf_r2.dressed import float_weights
 from hf_r2.encoders.affine import Affine
+from hf_r2.graph import example_inputs, read_graph
+from hf_r2.graph.fold import statistics_of
+from hf_r2.graph.statistics import input_statistics
 from hf_r2.layers import TRANSPOSED, is_transformers_conv1d
+from hf_r2.ptq.bias import correct_by_statistics_
 
 
-def squant_(model: nn.Module, batches: Iterable[Mapping[str, Any]] | None = None) -> None:
+def squant_(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]] | None = None, *, bias_correction: str = "analytic"
+) -> None:
     """Pins codes for every weight of a prepared model, data-free, on the grids over each weight's minimum and maximum.
 
     The output error's Hessian is approximated by three blocks: the element, the kernel, the output channel (eq. 7); see
-    `flip`. 1-bit symmetric grids and all-zero weights keep their nearest codes.
+    `flip`. 1-bit symmetric grids and all-zero weights keep their nearest codes. The blocks take all inputs of a kernel and of
+    a channel as equal; their means are not, and what that leaves of the mean error is taken off the biases by the
+    statistics of folded batch norms, as DFQ does, still data-free. The paper leaves biases alone: `bias_correction="none"`.
+
+    Raises ValueError for another `bias_correction`.
     """
+    if bias_correction not in ("none", "analytic"):
+        raise ValueError(f"bias_correction must be none or analytic, got {bias_correction!r}")
     done: set[int] = set()
     for layer in prepared_layers(model):
         encoder = encoder_of(layer)
@@ -33,6 +46,10 @@ def squant_(model: nn.Module, batches: Iterable[Mapping[str, Any]] | None = None
             kernels = by_kernel(layer.module, position)
             codes = flip(kernels, encoder.grid.qmin, encoder.grid.qmax)
             encoder.set_codes_(from_kernel(layer.module, codes, position.shape))
+    if bias_correction == "analytic" and any(statistics_of(layer.module) for layer in prepared_layers(model)):
+        with float_weights(model):
+            graph = read_graph(model, next(iter(batches)) if batches is not None else example_inputs(model))
+        correct_by_statistics_(prepared_layers(model), input_statistics(graph, model))
 
 
 def by_kernel(layer: nn.Module, weight: Tensor) -> Tensor:
