@@ -10,6 +10,7 @@ from torch import nn
 from hf_r2.dressed import ENCODER, FLOAT_BIAS, EncodedWeight, dress, is_prepared, undress
 from hf_r2.encoders import ENCODERS, Affine, Encoded
 from hf_r2.encoders.activations import InputQuantizer
+from hf_r2.encoders.trained_inputs import TrainedInput
 from hf_r2.layers import WeightLayer, is_table, weight_layers
 from hf_r2.spec import LayerSpec
 
@@ -60,11 +61,45 @@ def attach_shared_(model: nn.Module, specs: Mapping[str, LayerSpec], owners: Map
             build = ENCODERS[spec.method].build if spec.method in ENCODERS else Affine
             encoder = build(layer.weight, spec, layer.channel_axis)
             encoder.train(layer.module.training)
+            encoder.__dict__["layer"] = name  # for messages
             layer.module.add_module("weight_encoder", encoder.to(layer.weight.device))
         # Tied layers see the owner's encoder without registering it again: its state is in the state dict once.
         object.__setattr__(layer.module, ENCODER, model.get_submodule(owner).weight_encoder)
         if spec.act_bits is not None and not is_table(layer.module):
-            layer.module.add_module("input_quantizer", InputQuantizer(spec.act_bits, spec.act_range))
+            quantizer = _input_quantizer(spec).train(layer.module.training)
+            layer.module.add_module("input_quantizer", quantizer.to(layer.weight.device))
+
+
+def _input_quantizer(spec: LayerSpec) -> nn.Module:
+    assert spec.act_bits is not None
+    if spec.act_range == "static" and spec.method in ENCODERS:
+        return ENCODERS[spec.method].inputs(spec)
+    return InputQuantizer(spec.act_bits, spec.act_range)
+
+
+def plain_inputs_(model: nn.Module) -> None:
+    """Puts calibrated input quantizers in the place of those that are trained, in place: for use without training."""
+    for layer in prepared_layers(model):
+        trained = layer.module._modules.get("input_quantizer")
+        if isinstance(trained, TrainedInput):
+            layer.module.add_module("input_quantizer", InputQuantizer(trained.grid.bits).to(layer.weight.device))
+
+
+def settle_inputs_(model: nn.Module) -> None:
+    """Puts plain input quantizers that compute the same in the place of trained ones, in place.
+
+    Raises ValueError, naming the layer, where no range is known yet; then nothing is changed.
+    """
+    settled = []
+    for layer in prepared_layers(model):
+        trained = layer.module._modules.get("input_quantizer")
+        if isinstance(trained, TrainedInput):
+            try:
+                settled.append((layer.module, trained.settled()))
+            except ValueError as error:
+                raise ValueError(f"layer {layer.name!r}: {error}; train the model before convert") from error
+    for module, quantizer in settled:
+        module.add_module("input_quantizer", quantizer)
 
 
 def _groups(layers: list[WeightLayer]) -> list[list[WeightLayer]]:

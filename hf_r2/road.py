@@ -10,7 +10,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_r2.attach import attach_, detach_, encoded_weights, prepared_layers
+from hf_r2.attach import (
+    attach_,
+    detach_,
+    encoded_weights,
+    plain_inputs_,
+    prepared_layers,
+    settle_inputs_,
+)
 from hf_r2.batches import Batches, check_accepted, checked
 from hf_r2.calibration import await_ranges_, calibrate_, make_dynamic_, range_by_statistics_, static_quantizers
 from hf_r2.dressed import float_weights
@@ -52,6 +59,7 @@ def quantize_(model: nn.Module, config: R2QuantConfig, batches: Batches | None) 
         raise ValueError(f"batches are needed: {config.needs_batches}")
     if config.method not in PTQ_METHODS:  # a trained encoder, used as it starts
         prepare_(model, config)
+        plain_inputs_(model)
         await_ranges_(model)
         calibrate_(model, None if batches is None else checked(batches, SAMPLES))
         return pack_(model)
@@ -91,6 +99,7 @@ def pack_(model: nn.Module) -> R2QuantConfig:
         raise ValueError(
             "nothing to convert: call prepare(model, config) and train, or quantize(model, config) at once"
         )
+    settle_inputs_(model)
     config = copy.deepcopy(model.__dict__.get("r2_quant_config") or _stored_config(model))
     pairs = tied_pairs(model) if isinstance(model, PreTrainedModel) else {}
     encoded = encoded_weights(model)

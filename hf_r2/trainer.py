@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
 import logging
-import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import lr_scheduler as schedulers
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.training_args import ParallelMode
 
 from hf_r2.layers import BATCH_NORMS
+from hf_r2.loss_division import consumes_num_items
 from hf_r2.losses import RangeLoss
+from hf_r2.optimizer_groups import is_quantizer_parameter, make_room, split_quantizers_
 from hf_r2.training_args import NO_LOSS, R2Arguments
 
 logger = logging.getLogger(__name__)
@@ -29,8 +26,6 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "range_loss.safetensors"
 # What the mixin stands before: either Trainer class; a type checker is told of the first.
 AnyTrainer = Trainer if TYPE_CHECKING else object
-
-QUANTIZER_PARTS = ("weight_encoder", "input_quantizer")
 
 
 class R2TrainerMixin(AnyTrainer):
@@ -67,6 +62,7 @@ class R2TrainerMixin(AnyTrainer):
         options = self.args if isinstance(self.args, R2Arguments) else R2Arguments()
         options.check_range_arguments()  # a hyperparameter search sets them after construction
         self.range_weight, self.range_lr, self.range_loss = options.range_weight, options.range_lr, None
+        self.quantizer_lr = options.quantizer_lr
         if options.range_loss != NO_LOSS and options.range_weight > 0:
             self.range_loss = RangeLoss(
                 model,
@@ -86,16 +82,21 @@ class R2TrainerMixin(AnyTrainer):
             group = {"params": [self.range_loss.scalars], "lr": self.range_lr, "weight_decay": 0.0}
             if scheduler is not None:
                 group |= {"initial_lr": self.range_lr}
-                _make_room(scheduler, self.range_lr)
+                make_room(scheduler, self.range_lr)
             optimizer.add_param_group(group)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The optimizer of Trainer, with the learnable scalars of the range loss in a group of their own."""
+        """The optimizer of Trainer, with the learnable scalars of the range loss in a group of their own.
+
+        So are steps and clips of quantizers, if `quantizer_lr` asks for a rate of their own.
+        """
         fresh = self.optimizer is None
         if fresh and self.model_init is not None:
             self._restrict(self._bare_model())  # `train` has put a new model in the place of the one restricted so far
         optimizer = super().create_optimizer(*args, **kwargs)
         if fresh:
+            if self.quantizer_lr is not None:
+                split_quantizers_(optimizer, self._bare_model(), self.quantizer_lr)
             self._add_scalars(optimizer)
         return optimizer
 
@@ -103,11 +104,7 @@ class R2TrainerMixin(AnyTrainer):
         """As in Trainer, without batch-norm weights and parameters of quantizers: decay would shrink their scales."""
         norms = {n for n, m in model.named_modules() if isinstance(m, BATCH_NORMS)}
         names = super().get_decay_parameter_names(model)
-        return [
-            n
-            for n in names
-            if n.rpartition(".")[0] not in norms and not any(p in QUANTIZER_PARTS for p in n.split("."))
-        ]
+        return [n for n in names if n.rpartition(".")[0] not in norms and not is_quantizer_parameter(n)]
 
     def compute_loss(
         self,
@@ -120,13 +117,25 @@ class R2TrainerMixin(AnyTrainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training and torch.is_grad_enabled():
             self._note("task_loss", loss.detach().mean() / self._task_divisor(num_items_in_batch))
-            if self.range_loss is not None and self.accelerator.sync_gradients:
-                range_loss = self.range_loss(self._reached(model, loss))
-                self._note("range_loss", range_loss.detach())
+            if self.accelerator.sync_gradients:
                 # Trainer divides the sum by the accumulation steps unless the task loss was scaled already.
                 steps = 1 if self._scaled(num_items_in_batch) else self.current_gradient_accumulation_steps
-                loss = loss + (self.range_weight * steps * range_loss).to(loss.device)
+                loss = loss + sum((steps * term).to(loss.device) for term in self._restrictions(model, loss))
         return (loss, outputs) if return_outputs else loss
+
+    def _restrictions(self, model: nn.Module, loss: Tensor) -> list[Tensor]:
+        """What is added to the task loss once for each optimizer step."""
+        terms = []
+        if self.range_loss is not None:
+            range_loss = self.range_loss(self._reached(model, loss))
+            self._note("range_loss", range_loss.detach())
+            terms.append(self.range_weight * range_loss)
+        penalties = [m.penalty() for m in model.modules() if callable(getattr(type(m), "penalty", None))]  # type: ignore[operator]
+        penalties = [penalty for penalty in penalties if penalty is not None]
+        if penalties:
+            terms.append(torch.stack(penalties).sum())
+            self._note("clip_penalty", terms[-1].detach())
+        return terms
 
     def _note(self, name: str, value: Tensor) -> None:
         """Adds to the running sum of a term, on its device: reading it here would wait for the device at every step."""
@@ -193,6 +202,7 @@ class R2TrainerMixin(AnyTrainer):
                 mean = torch.as_tensor(total / count)
                 logs[name] = (self._mean_over_processes(mean) if self._distributed() else mean).item()
             self._terms.clear()
+            _check_prepared(self._bare_model())
             if self.range_loss is not None:
                 logs["range_over_std"] = self.range_loss.mean_range_over_std().item()
         super().log(logs, *args, **kwargs)
@@ -248,40 +258,13 @@ class R2Seq2SeqTrainer(R2TrainerMixin, Seq2SeqTrainer):
     """Drop-in for `transformers.Seq2SeqTrainer`, with plain arguments or `R2Seq2SeqTrainingArguments`."""
 
 
-def consumes_num_items(model: nn.Module) -> bool:
-    """Whether the model's loss divides by `num_items_in_batch`: its forward names it, or passes its kwargs to such a loss.
-
-    False where its source does not tell, or the loss depends on the labels (a classification whose `problem_type` is not
-    set): Trainer then divides the mean loss of each micro-batch by their number, which suits every loss.
-    """
-    forward = _syntax(type(model).forward)
-    if _mentions(forward, "num_items_in_batch"):
-        return True
-    loss = _syntax(getattr(model, "loss_function", None)) if _passes_kwargs(forward, "loss_function") else []
-    if _mentions(loss, "problem_type"):  # regression and multi-label losses are plain means
-        return getattr(getattr(model, "config", None), "problem_type", None) == "single_label_classification"
-    return _mentions(loss, "num_items_in_batch") or _passes_kwargs(loss, "fixed_cross_entropy")
-
-
-def _syntax(function: Callable[..., Any] | None) -> list[ast.AST]:
-    """All syntax nodes of a function's source, without its decorators' wrappers; none where there is no source."""
-    try:
-        source = textwrap.dedent(inspect.getsource(inspect.unwrap(function))) if function is not None else ""
-        return list(ast.walk(ast.parse(source)))
-    except (OSError, TypeError, SyntaxError):
-        return []
-
-
-def _mentions(nodes: list[ast.AST], name: str) -> bool:
-    """As an argument, a variable, an attribute, a keyword or a string (of `kwargs.get`); not in prose."""
-    return any(name in (getattr(node, key, None) for key in ("arg", "id", "attr", "value")) for node in nodes)
-
-
-def _passes_kwargs(nodes: list[ast.AST], function: str) -> bool:
-    """Whether `function` (or a method of that name) is called with `**`."""
-    calls = [node for node in nodes if isinstance(node, ast.Call)]
-    named = [c for c in calls if function in (getattr(c.func, "attr", None), getattr(c.func, "id", None))]
-    return any(keyword.arg is None for call in named for keyword in call.keywords)
+def _check_prepared(model: nn.Module) -> None:
+    """Raises ValueError, naming the layer, where the float weight behind a quantizer holds NaN: Trainer's log hides it."""
+    for name, module in model.named_modules():
+        if "weight_encoder" in module._modules:
+            weight = module._parameters["weight"]
+            if weight is not None and not torch.isfinite(weight).all():
+                raise ValueError(f"the weight of layer {name!r} holds NaN or infinity; lower the learning rate")
 
 
 def last_complete_checkpoint(output_dir: str) -> str:
@@ -297,21 +280,6 @@ def last_complete_checkpoint(output_dir: str) -> str:
         except (OSError, ValueError):
             logger.warning("%s was not written to its end; it is passed over", folder)
     raise ValueError(f"no complete checkpoint in {output_dir}; train without resume_from_checkpoint")
-
-
-def _make_room(scheduler: Any, lr: float) -> None:
-    """Lets a user's scheduler, made before the group of the scalars, schedule that group like the last of its own."""
-    if isinstance(scheduler, (schedulers.OneCycleLR, schedulers.CyclicLR)):
-        raise ValueError(
-            f"{type(scheduler).__name__} cannot take the range loss's scalars after it was made; set range_trainable=False, "
-            "or pass optimizers=(optimizer, None)"
-        )
-    for inner in getattr(scheduler, "_schedulers", ()):
-        _make_room(inner, lr)
-    for name, more in (("base_lrs", [lr]), ("lr_lambdas", None), ("min_lrs", None)):
-        values = getattr(scheduler, name, None)
-        if isinstance(values, list) and values:
-            setattr(scheduler, name, values + (more or values[-1:]))
 
 
 def _leaves(loss: Tensor) -> set[int]:

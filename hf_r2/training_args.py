@@ -61,6 +61,10 @@ class R2Arguments:
         default=1,
         metadata={"help": "Take weights as vectors of this length along the output channels (soft_min_max)."},
     )
+    quantizer_lr: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the steps and clips of a prepared model; default: the model's own."},
+    )
     range_skip: list[str] = field(
         default_factory=list, metadata={"help": "Globs of layer names that the range loss leaves out."}
     )
@@ -73,6 +77,8 @@ class R2Arguments:
             raise ValueError(f"range_weight must be a number >= 0, got {self.range_weight}")
         if not (math.isfinite(self.range_lr) and self.range_lr >= 0):
             raise ValueError(f"range_lr must be a number >= 0, got {self.range_lr}")
+        if self.quantizer_lr is not None and not (math.isfinite(self.quantizer_lr) and self.quantizer_lr >= 0):
+            raise ValueError(f"quantizer_lr must be a number >= 0, got {self.quantizer_lr}")
         if self.range_loss not in (*RANGE_LOSSES, NO_LOSS):
             raise ValueError(
                 f"no range loss called {self.range_loss!r}; there are: {', '.join([*RANGE_LOSSES, NO_LOSS])}"

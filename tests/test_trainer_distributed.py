@@ -38,6 +38,16 @@ def test_two_processes_equal_one(tmp_path):
             torch.testing.assert_close(two[name], value, rtol=0, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("method", ["lsq", "pact"])
+def test_two_processes_train_quantized_as_one_does(tmp_path, method):
+    recipe = {"method": method, "weight_bits": 3, "act_bits": 4}
+    options = {"train_sampling_strategy": "sequential", "recipe": recipe, "learning_rate": 1e-3}
+    (one,) = train(tmp_path / "one", 1, per_device_train_batch_size=8, **options)
+    for two in train(tmp_path / "two", 2, per_device_train_batch_size=4, **options):
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, rtol=0, atol=1e-6, msg=name)
+
+
 def test_weights_that_no_or_not_every_process_uses(tmp_path):
     """DDP leaves a weight without its range gradient in a process whose forward pass does not use it; one process does not."""
     options = {"train_sampling_strategy": "sequential", "unused": True}

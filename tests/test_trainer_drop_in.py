@@ -10,7 +10,8 @@ from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_r2 import R2Trainer, RangeLoss
-from hf_r2.trainer import consumes_num_items, last_complete_checkpoint
+from hf_r2.loss_division import consumes_num_items
+from hf_r2.trainer import last_complete_checkpoint
 from hf_r2.training_args import R2Arguments
 from tests.models import MODELS
 from tests.test_trainer import arguments, run, tiny_gpt2

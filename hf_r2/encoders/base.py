@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_r2.grid import dequantize
 
@@ -60,3 +60,8 @@ class _Identity(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+def said_of(encoder: nn.Module) -> str:
+    """Whose weight an encoder stands in front of, for messages."""
+    return f"the weight of layer {encoder.__dict__['layer']!r}" if "layer" in encoder.__dict__ else "a weight"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_r2.encoders.base import Encoded, straight_through
+from hf_r2.encoders.base import Encoded, said_of, straight_through
 from hf_r2.encoders.kmeans import kmeans_scalar, nearest_scalar
 from hf_r2.spec import LayerSpec
 
@@ -210,7 +210,7 @@ class DKM(nn.Module):
             return w
         low, high = flat.detach().aminmax()
         if not torch.isfinite(high - low):
-            raise ValueError("DKM: a weight holds NaN or infinity; lower the learning rate")
+            raise ValueError(f"{said_of(self)} holds NaN or infinity; lower the learning rate")
         if low == high:  # all weights equal: they are their own centroid
             return w
         tau = self._tau(flat.detach())

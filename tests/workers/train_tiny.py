@@ -2,7 +2,7 @@
 
 Options as JSON in the second argument; `kill_after_step` sends SIGKILL to this very process at the end of that step,
 `unused` gives the model a regularised linear layer that no forward pass uses, and one that those of the first process
-alone use (times 0), as with layer drop.
+alone use (times 0), as with layer drop; `recipe` prepares it with these settings of R2QuantConfig.
 """
 
 import json
@@ -16,7 +16,7 @@ from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
-from hf_r2 import R2Trainer, R2TrainingArguments
+from hf_r2 import R2QuantConfig, R2Trainer, R2TrainingArguments, prepare
 
 
 class Kill(TrainerCallback):
@@ -56,6 +56,9 @@ def main(out: str, options: dict):
         model.spare, model.sometimes = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
         if os.environ.get("RANK", "0") == "0":
             model.classifier.register_forward_hook(lambda _, x, out: out + 0 * model.sometimes(x[0]).sum())
+    recipe = options.pop("recipe", None)
+    if recipe is not None:
+        prepare(model, R2QuantConfig(**recipe))
     defaults = {
         "output_dir": out, "report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no",
         "learning_rate": 1e-2, "logging_steps": 1, "max_steps": 3, "per_device_train_batch_size": 4,
