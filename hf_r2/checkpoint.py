@@ -18,7 +18,7 @@ from hf_r2.float_passes import build_skeleton_
 from hf_r2.integrity import checksums, verify
 from hf_r2.layers import is_table, is_weight_layer, weight_layers
 from hf_r2.names import relative_name
-from hf_r2.packed_layers import Layout, build_packed_, packed_layers, unpack_weights_
+from hf_r2.packed_layers import STATE, Layout, build_packed_, packed_layers, unpack_weights_
 from hf_r2.quant_config import R2QuantConfig
 from hf_r2.road import dequantize_, quantize_
 from hf_r2.saving import save_beside
@@ -167,7 +167,7 @@ def _check_loaded(model: nn.Module) -> None:
 
 def _check_shapes(model: nn.Module, shapes: Mapping[str, list[int]]) -> None:
     for name, module in packed_layers(model).items():
-        for key in ("weight_packed", "weight_scale", "weight_zero_point", "weight_centroids"):
+        for key in STATE:
             tensor = getattr(module, key, None)
             found = shapes.get(f"{name}.{key}")
             if tensor is not None and found is not None and list(tensor.shape) != found:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_r2.layers import WeightLayer, folded_weight, following_batch_norms, weight_layers
 from hf_r2.range_kernel import center_and_spread, excesses, magnitudes, soft_ranges
+from hf_r2.vectors import to_vectors
 
 LOWEST_ALPHA = 1e-3  # a trainable alpha is projected back to this: a negative one would reward a wider range
 UNITS = ("absolute", "std")
@@ -69,11 +70,8 @@ def soft_min_max(w: Tensor, alpha: Tensor | float, dim: int = 1) -> Tensor:
 
 
 def coordinates(w: Tensor, dim: int) -> list[Tensor]:
-    """The `dim` coordinates of `w` seen as vectors along its output channels, each [numel // dim]; [w] for dim 1."""
-    if dim == 1:
-        return [w]
-    flat = w.transpose(0, -1).flatten()
-    return list(flat[: flat.numel() // dim * dim].view(-1, dim).unbind(1))
+    """The `dim` coordinates of `w` seen as vectors along its first axis, each [numel // dim]; [w] for dim 1."""
+    return [w] if dim == 1 else list(to_vectors(w, dim)[0].unbind(1))
 
 
 @dataclass(frozen=True)

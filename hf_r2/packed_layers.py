@@ -1,8 +1,8 @@
 """Layers whose weight is stored packed: the state dict holds codes and what decodes them instead of `weight`.
 
 Keys: `weight_packed` (uint8 bytes, a frozen parameter, so that transformers can tie it), `weight_scale`,
-`weight_zero_point` (uint8) or `weight_centroids` (buffers: a float *parameter* would come back trainable from
-`from_pretrained`).
+`weight_zero_point` (uint8) or `weight_centroids`, and `weight_rest`, what fills no vector of a palette of vectors (buffers: a
+float *parameter* would come back trainable from `from_pretrained`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from hf_r2.dressed import QuantizedInput, dress, undress
 from hf_r2.encoders.base import Encoded
 from hf_r2.grid import Grid
 from hf_r2.packing import pack_bits, packed_bytes, unpack_bits
+from hf_r2.vectors import CONVENTION
 
-STATE = ("weight_packed", "weight_scale", "weight_zero_point", "weight_centroids")
+STATE = ("weight_packed", "weight_scale", "weight_zero_point", "weight_centroids", "weight_rest")
 _unpack_at_load: ContextVar[bool] = ContextVar("unpack_at_load", default=True)
 
 
@@ -47,6 +48,8 @@ class Layout:
     channel_axis: int | None = None
     symmetric: bool = True
     scaled: bool = False  # a palette with a scale beside it; affine layers always have one
+    dim: int = 1  # weights that a code of a palette stands for
+    vectors: str | None = None  # how these are taken from the weight, see `hf_r2.vectors`
     act_bits: int | None = None
     act_range: str = "static"
 
@@ -54,6 +57,8 @@ class Layout:
         Grid(self.bits)
         if self.kind not in ("affine", "palette"):
             raise ValueError(f"kind must be 'affine' or 'palette', got {self.kind!r}")
+        if self.dim > 1 and self.vectors != CONVENTION:
+            raise ValueError(f"vectors of weights are taken {CONVENTION!r} here, got {self.vectors!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that differ from their defaults, and `bits` and `kind`."""
@@ -104,8 +109,9 @@ def layout_of(encoded: Encoded, channel_axis: int, module: nn.Module) -> Layout:
     act_range = "dynamic" if quantizer is not None and quantizer.dynamic else "static"
     axis = channel_axis if encoded.scale is not None and encoded.scale.numel() > 1 else None
     if encoded.centroids is not None:
-        scaled = encoded.scale is not None
-        return Layout(encoded.bits, "palette", axis, scaled=scaled, act_bits=act_bits, act_range=act_range)  # type: ignore[arg-type]
+        scaled, dim = encoded.scale is not None, encoded.dim
+        vectors = CONVENTION if dim > 1 else None
+        return Layout(encoded.bits, "palette", axis, True, scaled, dim, vectors, act_bits, act_range)  # type: ignore[arg-type]
     return Layout(encoded.bits, "affine", axis, encoded.symmetric, act_bits=act_bits, act_range=act_range)  # type: ignore[arg-type]
 
 
@@ -115,8 +121,9 @@ def pack_layer_(module: nn.Module, encoded: Encoded, layout: Layout, packed: nn.
     if packed is None:
         packed = nn.Parameter(pack_bits(encoded.codes, encoded.bits), requires_grad=False)
     zero_point = None if encoded.symmetric or encoded.zero_point is None else encoded.zero_point.to(torch.uint8)
-    tensors = (packed, encoded.scale, zero_point, encoded.centroids)
-    _install(module, layout, encoded.codes.shape, dtype, tensors)
+    rest = encoded.rest if encoded.rest is not None and encoded.rest.numel() else None
+    tensors = (packed, encoded.scale, zero_point, encoded.centroids, rest)
+    _install(module, layout, torch.Size(encoded.weight_shape), dtype, tensors)
 
 
 def build_packed_(module: nn.Module, layout: Layout, dtype: torch.dtype) -> None:
@@ -124,16 +131,18 @@ def build_packed_(module: nn.Module, layout: Layout, dtype: torch.dtype) -> None
     weight = module._parameters["weight"]
     assert weight is not None
     shape, device = weight.shape, weight.device
-    count = packed_bytes(weight.numel(), layout.bits)
+    count = packed_bytes(weight.numel() // layout.dim, layout.bits)
     packed = nn.Parameter(torch.empty(count, dtype=torch.uint8, device=device), requires_grad=False)
-    scale = zero_point = centroids = None
+    scale = zero_point = centroids = rest = None
     if layout.kind == "affine" or layout.scaled:
         scale = torch.empty(layout.scale_shape(shape), dtype=torch.float32, device=device)
     if layout.kind == "palette":
-        centroids = torch.empty(2**layout.bits, 1, device=device)
+        centroids = torch.empty(2**layout.bits, layout.dim, device=device)
+        if weight.numel() % layout.dim:
+            rest = torch.empty(weight.numel() % layout.dim, device=device)
     elif not layout.symmetric:
         zero_point = torch.empty_like(scale, dtype=torch.uint8)  # type: ignore[arg-type]
-    _install(module, layout, shape, dtype, (packed, scale, zero_point, centroids))
+    _install(module, layout, shape, dtype, (packed, scale, zero_point, centroids, rest))
 
 
 def _install(
@@ -141,7 +150,7 @@ def _install(
     layout: Layout,
     shape: torch.Size,
     dtype: torch.dtype,
-    tensors: tuple[nn.Parameter, Tensor | None, Tensor | None, Tensor | None],
+    tensors: tuple[nn.Parameter, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
 ) -> None:
     del module._parameters["weight"]
     packed, *buffers = tensors
@@ -160,7 +169,11 @@ def encoded(module: nn.Module) -> Encoded:
     layout: Layout = module.__dict__["weight_layout"]
     shape: torch.Size = module.__dict__["weight_shape"]
     packed: Tensor = module.weight_packed  # type: ignore[assignment]
-    codes = unpack_bits(packed.data, layout.bits, shape.numel()).view(shape)
+    codes = unpack_bits(packed.data, layout.bits, shape.numel() // layout.dim)
+    if layout.dim > 1:
+        rest, centroids = getattr(module, "weight_rest", None), module.weight_centroids
+        return Encoded(codes, layout.bits, centroids=centroids, rest=rest, shape=tuple(shape))  # type: ignore[arg-type]
+    codes = codes.view(shape)
     if layout.kind == "palette":
         factor: Tensor | None = module.weight_scale if layout.scaled else None  # type: ignore[assignment]
         return Encoded(codes, layout.bits, factor, centroids=module.weight_centroids)  # type: ignore[arg-type]

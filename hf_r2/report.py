@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,7 @@ def report(model: nn.Module) -> dict[str, Any]:
     with their own width), `size_bytes` (all tensors of the checkpoint), `float16_bytes`, `compression` (against float16),
     `first_layer`, `last_layer` (name and bits, 16 or 32 if left in float), `policy`, `notes` (what folding and equalization
     did, what became of ReLU6, which pairs were left alone), `layers` (list of name, kind, shape,
-    bits, bits_per_weight).
+    bits, dim (weights for each code), bits_per_weight).
 
     Raises ValueError for a model that is not packed.
     """
@@ -30,10 +31,10 @@ def report(model: nn.Module) -> dict[str, Any]:
             continue
         seen.add(id(module.weight_packed))
         e = encoded(module)
-        count, bits = e.codes.numel(), e.stored_bits()
+        count, bits = math.prod(e.weight_shape), e.stored_bits()
         kind = "palette" if e.centroids is not None else "affine"
-        rows.append({"name": name, "kind": kind, "shape": list(e.codes.shape), "bits": e.bits, "numel": count})
-        rows[-1] |= {"stored_bits": bits, "bits_per_weight": bits / max(count, 1)}
+        rows.append({"name": name, "kind": kind, "shape": list(e.weight_shape), "bits": e.bits, "numel": count})
+        rows[-1] |= {"dim": e.dim, "stored_bits": bits, "bits_per_weight": bits / max(count, 1)}
     kept = [
         (layer.weight.numel(), layer.weight.numel() * layer.weight.element_size() * 8)
         for layer in weight_layers(model)

@@ -5,8 +5,9 @@ import logging
 import pytest
 import torch
 
-from hf_r2.encoders.dkm import DKM, attention, soft_cluster
+from hf_r2.encoders.dkm import DKM, soft_cluster
 from hf_r2.encoders.kmeans import kmeans_scalar, nearest_scalar
+from hf_r2.encoders.soft_cluster import attention
 from hf_r2.spec import LayerSpec
 from tests.reference.clustering import optimal_kmeans_error, unrolled
 
@@ -111,7 +112,7 @@ def test_tau_must_be_positive(tau):
 def test_kmeans_finds_the_optimum_of_few_values():
     for k in (2, 3, 4):
         w = torch.randn(12)
-        centroids = kmeans_scalar(w, k, restarts=20)
+        centroids = kmeans_scalar(w, k)
         error = (w - centroids[nearest_scalar(w, centroids).long()]).square().sum().item()
         assert error <= optimal_kmeans_error(w.tolist(), k) * (1 + 1e-5)
 
@@ -156,11 +157,13 @@ def test_encoder_trains_the_weight_and_evaluates_what_it_packs():
 
 
 @pytest.mark.parametrize(
-    "changed", [{"tau": 0.5}, {"tau": 0.01, "tau_units": "absolute"}, {"max_iter": 1}, {"tol": 10.0}, {"seed": 3}]
+    "changed",
+    [{"tau": 0.5}, {"tau": 0.01, "tau_units": "absolute"}, {"max_iter": 1}, {"tol": 10.0}, {"seed": 3, "dim": 2}],
 )
 def test_every_option_changes_the_result(changed):
     w = torch.randn(4000) * torch.linspace(0.1, 3, 4000)
-    plain, other = DKM(w, LayerSpec("dkm", 4)), DKM(w, LayerSpec("dkm", 4, options=changed))
+    usual = {"dim": changed.get("dim", 1)}
+    plain, other = DKM(w, LayerSpec("dkm", 4, options=usual)), DKM(w, LayerSpec("dkm", 4, options=changed))
     if "max_iter" in changed or "tol" in changed:
         plain.centroids += 0.3
         other.centroids += 0.3

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_r2.grid import dequantize
+from hf_r2.vectors import from_vectors
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,8 @@ class Encoded:
 
     Affine: `scale` and `zero_point`, float32, broadcastable to the weight; `symmetric` says that the zero point follows
     from the width and is not stored. Palette: `centroids` [2**bits, 1], float32, times `scale` where there is one.
+    Palette of vectors: `centroids` [2**bits, dim], codes [numel // dim] in the order of `to_vectors`, `shape` that of the
+    weight, `rest` its last numel mod dim elements, float32.
     """
 
     codes: Tensor
@@ -24,10 +27,25 @@ class Encoded:
     zero_point: Tensor | None = None
     symmetric: bool = True
     centroids: Tensor | None = None
+    rest: Tensor | None = None
+    shape: tuple[int, ...] | None = None
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return tuple(self.codes.shape) if self.shape is None else self.shape
+
+    @property
+    def dim(self) -> int:
+        """Weights that a code stands for."""
+        return 1 if self.centroids is None else self.centroids.shape[1]
 
     def decode(self) -> Tensor:
         """The weight, float32, in its shape: what the model computes with."""
         if self.centroids is not None:
+            if self.dim > 1:
+                vectors = self.centroids.index_select(0, self.codes.flatten().int())
+                return from_vectors(vectors, self.rest, self.weight_shape)
             value = self.centroids[:, 0][self.codes.int()]
             return value if self.scale is None else value * self.scale
         if self.scale is None or self.zero_point is None:
@@ -38,7 +56,7 @@ class Encoded:
         """Bits that go into the file: codes, and scales, zero points and palettes with them."""
         bits = self.codes.numel() * self.bits
         if self.centroids is not None:
-            bits += 32 * self.centroids.numel()
+            bits += 32 * (self.centroids.numel() + (0 if self.rest is None else self.rest.numel()))
         if self.scale is not None:
             bits += 32 * self.scale.numel()
             bits += 0 if self.symmetric or self.centroids is not None else 8 * self.scale.numel()

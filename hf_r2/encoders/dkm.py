@@ -1,30 +1,22 @@
-"""Differentiable k-means (DKM, Cho et al. 2022, arXiv:2108.12659) with the implicit gradient of its fixed point.
-
-Soft clustering repeats C <- mean of the weights under the attention softmax(-|w - c|² / tau), until nothing moves; the
-layer computes with W~ = A C. The backward pass is that of the fixed point (IDKM, arXiv:2312.07759): a (k d) x (k d)
-linear solve, so that no attention map is ever stored, however many iterations the forward pass took.
-"""
+"""Differentiable k-means (DKM, Cho et al. 2022, arXiv:2108.12659) of scalars or vectors, as a weight encoder."""
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from hf_r2.encoders.base import Encoded, said_of, straight_through
-from hf_r2.encoders.kmeans import kmeans_scalar, nearest_scalar
+from hf_r2.encoders.kmeans import kmeans_scalar, kmeans_vectors, nearest_scalar, nearest_vector
+from hf_r2.encoders.soft_cluster import SoftCluster
+from hf_r2.encoders.soft_scalars import Nodes, SoftScalars
 from hf_r2.spec import LayerSpec
+from hf_r2.vectors import from_vectors, to_vectors
 
-logger = logging.getLogger(__name__)
-
-CHUNK = 1 << 15  # rows of attention computed at once: stays in cache, bounds the memory
-BINS = 1 << 16  # beyond twice as many scalars, the fixed point is sought on a histogram of the weights
-LOWEST_LOGIT = -80.0  # exp of less is a denormal number, which is slow and means nothing
-SINGULAR = 1e10  # condition number of I - dF/dC from which the solve is not trusted
+MANY = 1 << 16  # scalars from which tables pay
+DEAD = 0.5  # vectors' worth of attention below which a centroid is taken to be of no use
 
 
 def soft_cluster(
@@ -34,8 +26,9 @@ def soft_cluster(
 
     `w` [m, d]; `centroids` [k, d], where the iteration starts; `tau` > 0 in units of squared distance; the iteration
     stops after `max_iter` steps, or when no centroid moved by more than `tol` times the standard deviation of `w`.
-    Both results are differentiable in `w`, at the fixed point (ALGORITHMS 2.7). Above 131,072 scalar weights the fixed
-    point is that of a histogram of 65,536 bins with their true means.
+    Both results are differentiable in `w`, at the fixed point (ALGORITHMS 2.7). Above 65,536 scalars the fixed point is
+    that of a histogram with the bins' true means, and weights and gradients are interpolated (`SoftScalars`), unless `tau`
+    is so small that this would show.
 
     Raises ValueError for a tau that is not positive, or shapes that do not fit.
     """
@@ -47,130 +40,52 @@ def soft_cluster(
         raise ValueError(f"tau must be a positive number (squared distance), got {tau}")
     if max_iter < 1:
         raise ValueError(f"max_iter must be at least 1, got {max_iter}")
-    return _SoftCluster.apply(w, centroids.detach(), float(tau), max_iter, tol)  # type: ignore[return-value]
+    return _clustered(w, centroids, float(tau), max_iter, tol * variance(w.detach()) ** 0.5)[:2]
 
 
-def attention(w: Tensor, centroids: Tensor, tau: float) -> Tensor:
-    """Rows softmax(-|w_i - c_j|² / tau), [m, k]; the term |w_i|² cancels."""
-    logits = (2 * w @ centroids.T - centroids.square().sum(1)) / tau
-    logits = (logits - logits.amax(1, keepdim=True)).clamp(min=LOWEST_LOGIT)
-    return torch.softmax(logits, dim=1)
+def _clustered(w: Tensor, start: Tensor, tau: float, max_iter: int, still: float) -> tuple[Tensor, Tensor, Tensor]:
+    start = start.detach().to(w.dtype)
+    if w.shape[1] == 1 and w.shape[0] > MANY:
+        nodes = Nodes.over(w.detach()[:, 0], start, tau)
+        if nodes is not None:
+            return SoftScalars.apply(w, start, tau, max_iter, still, nodes)  # type: ignore[return-value]
+    return SoftCluster.apply(w, start, tau, max_iter, still)  # type: ignore[return-value]
 
 
-def _chunks(w: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    for start in range(0, w.shape[0], CHUNK):
-        yield tuple(t[start : start + CHUNK] for t in (w, *others))
-
-
-def _points(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Points [n, d] and their masses [n, 1] with the same fixed point as `w`: itself, or bins of very many scalars."""
-    if w.shape[1] > 1 or w.shape[0] <= 2 * BINS:
-        return w, w.new_ones(w.shape[0], 1)
-    low, high = w.aminmax()
-    index = ((w[:, 0] - low) * ((BINS - 1) / (high - low).clamp(min=1e-30))).to(torch.int32).clamp(0, BINS - 1)
-    mass = torch.bincount(index, minlength=BINS)
-    total = torch.bincount(index, weights=w[:, 0].double(), minlength=BINS)
-    held = mass > 0
-    return (total[held] / mass[held]).to(w.dtype)[:, None], mass[held].to(w.dtype)[:, None]
-
-
-def _step(points: Tensor, mass: Tensor, centroids: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """One update: the new centroids [k, d] and the attention they drew, [k]. A centroid that draws none stays."""
-    drawn, total = centroids.new_zeros(centroids.shape[0]), torch.zeros_like(centroids)
-    for p, m in _chunks(points, mass):
-        a = attention(p, centroids, tau) * m
-        drawn += a.sum(0)
-        total += a.T @ p
-    floor = torch.finfo(drawn.dtype).tiny ** 0.5
-    return torch.where(drawn[:, None] > floor, total / drawn.clamp(min=floor)[:, None], centroids), drawn
-
-
-def _fixed_point(points: Tensor, mass: Tensor, centroids: Tensor, tau: float, max_iter: int, tol: float) -> Tensor:
-    mean = (points * mass).sum(0) / mass.sum()
-    std = (((points - mean).square() * mass).sum() / mass.sum()).sqrt()
-    for _ in range(max_iter):
-        moved, _ = _step(points, mass, centroids, tau)
-        distance = (moved - centroids).abs().max()
-        centroids = moved
-        if distance <= tol * std:
-            break
-    return centroids
-
-
-def _jacobian(points: Tensor, mass: Tensor, centroids: Tensor, drawn: Tensor, tau: float) -> Tensor:
-    """dF/dC at the fixed point, [k d, k d] in float64 (ALGORITHMS 2.7, with F = C)."""
-    k, d = centroids.shape
-    same = centroids.new_zeros(k, d, d, dtype=torch.float64)
-    cross = centroids.new_zeros(k * d, k * d, dtype=torch.float64)
-    for p, m in _chunks(points, mass):
-        a = attention(p, centroids, tau)
-        offset = p[:, None, :] - centroids  # [n, k, d]
-        weighted = (a[:, :, None] * offset).double()
-        same += torch.einsum("nkd,nke->kde", weighted * m[:, :, None].double(), offset.double())
-        flat = weighted.flatten(1)
-        cross += (flat * m.double()).T @ flat
-    jacobian = torch.block_diag(*same) - cross
-    return jacobian * (2 / tau) / drawn.double().clamp(min=1e-30).repeat_interleave(d)[:, None]
-
-
-def _solve(jacobian: Tensor, g: Tensor) -> Tensor:
-    """(I - J)^-T g, [k, d]; where that is near singular (tau close to the critical value), g: one unrolled step."""
-    system = torch.eye(jacobian.shape[0], dtype=jacobian.dtype, device=jacobian.device) - jacobian
-    if not torch.isfinite(system).all() or float(torch.linalg.cond(system)) > SINGULAR:
-        logger.warning("DKM: tau is close to the critical value of a layer; the gradient of one unrolled step is used")
-        return g
-    return torch.linalg.solve(system.T, g.double().flatten()).view_as(g).to(g.dtype)
-
-
-class _SoftCluster(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, w, centroids, tau, max_iter, tol):
-        points, mass = _points(w)
-        centroids = _fixed_point(points, mass, centroids.to(w.dtype), tau, max_iter, tol)
-        soft = torch.cat([attention(p, centroids, tau) @ centroids for (p,) in _chunks(w)])
-        ctx.save_for_backward(w, centroids)
-        ctx.tau = tau
-        return soft, centroids
-
-    @staticmethod
-    def backward(ctx, grad_soft, grad_centroids):
-        w, c = ctx.saved_tensors
-        tau = ctx.tau
-        g = grad_centroids.clone()
-        direct = torch.empty_like(w)
-        for p, grad, out in _chunks(w, grad_soft, direct):
-            a = attention(p, c, tau)
-            h = grad @ c.T
-            b = a * (h - (a * h).sum(1, keepdim=True))
-            out.copy_((2 / tau) * (b @ c))
-            g += a.T @ grad + (2 / tau) * (b.T @ p - b.sum(0)[:, None] * c)
-        points, mass = _points(w)
-        _, drawn = _step(points, mass, c, tau)
-        u = _solve(_jacobian(points, mass, c, drawn, tau), g) / drawn.clamp(min=1e-30)[:, None]
-        for p, out in _chunks(w, direct):
-            a = attention(p, c, tau)
-            v = p @ u.T - (u * c).sum(1)
-            out += a @ u + (2 / tau) * ((a * (v - (a * v).sum(1, keepdim=True))) @ c)
-        return direct, None, None, None, None
+def variance(w: Tensor) -> float:
+    """Population variance of all elements; two fast passes, a slow one where these would cancel."""
+    flat = w.reshape(-1)
+    mean, square = float(flat.mean()), float(torch.dot(flat, flat)) / max(flat.numel(), 1)
+    fast = square - mean * mean
+    return fast if fast > 1e-2 * square else float(flat.var(correction=0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class DKMOptions:
     """Options of `DKM`; raises ValueError for a value that makes no sense.
 
-    `tau`: the temperature, in units of the weight's variance (from 2 on everything collapses into the mean: ALGORITHMS
-    2.2), or of squared weights with `tau_units="absolute"`. `max_iter` and `tol` as in `soft_cluster`. `seed` of the
-    k-means++ start.
+    `dim`: cluster vectors of so many neighbours along the first axis (`to_vectors`); `weight_bits` is then the width of a
+    vector's code. `tau`: the temperature, in units of the weight's variance, or of squared weights with
+    `tau_units="absolute"`. A cluster splits no more where tau exceeds twice the largest variance in it (ALGORITHMS 2.2), and
+    the variance in one of k clusters of a Gaussian is about 2.7 k**(-2 / dim) of the whole: the default is 1.6 k**(-2 / dim),
+    which is 0.4, 0.1 and 0.006 for 1, 2 and 4 bits. `max_iter` and `tol` as in `soft_cluster`. `seed` of the
+    k-means++ start of vectors.
     """
 
-    tau: float = 0.1
+    dim: int = 1
+    tau: float | None = None
     tau_units: str = "variance"
     max_iter: int = 100
     tol: float = 1e-4
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.tau, (int, float)) and self.tau > 0 and math.isfinite(self.tau)):
+        if not isinstance(self.dim, int) or isinstance(self.dim, bool) or self.dim < 1:
+            raise ValueError(f"dim must be an integer of at least 1, got {self.dim!r}")
+        given = isinstance(self.tau, (int, float)) and self.tau > 0 and math.isfinite(self.tau)
+        if self.tau is None and self.tau_units == "absolute":
+            raise ValueError("tau_units='absolute' needs a tau, in squared weights")
+        if self.tau is not None and not given:
             raise ValueError(f"tau must be a positive number, got {self.tau!r}")
         if self.tau_units not in ("variance", "absolute"):
             raise ValueError(f"tau_units must be 'variance' or 'absolute', got {self.tau_units!r}")
@@ -179,9 +94,11 @@ class DKMOptions:
 
 
 class DKM(nn.Module):
-    """Clusters a weight into 2**bits scalars: softly while training, by nearest centroid in eval mode.
+    """Clusters a weight into 2**bits scalars or vectors: softly while training, by nearest centroid in eval mode.
 
-    Buffer `centroids` [2**bits, 1], float32, ascending, warm-started from step to step. Options: `DKMOptions`.
+    Buffer `centroids` [2**bits, dim], float32 (scalars ascending), warm-started from step to step. One that draws no
+    weight any more starts anew beside the one that draws most. The up to dim - 1 elements that fill no vector stay float.
+    Options: `DKMOptions`.
     """
 
     centroids: Tensor
@@ -190,14 +107,24 @@ class DKM(nn.Module):
         super().__init__()
         self.bits = spec.weight_bits
         self.options = DKMOptions(**spec.options)
-        k = 2**self.bits
-        start = torch.zeros(k) if weight.is_meta else kmeans_scalar(weight.detach(), k, seed=self.options.seed)
-        self.register_buffer("centroids", start[:, None].clone())
+        k, d = 2**self.bits, self.options.dim
+        start = torch.zeros(k, d)
+        if not weight.is_meta:
+            vectors = to_vectors(weight.detach().float(), d)[0]
+            found = (
+                kmeans_scalar(vectors, k)[:, None] if d == 1 else kmeans_vectors(vectors, k, seed=self.options.seed)
+            )
+            start = found.clone()
+        self.register_buffer("centroids", start)
 
     def encode(self, w: Tensor) -> Encoded:
-        """Codes of the nearest centroid for each weight, and the centroids."""
-        codes = nearest_scalar(w.detach().float(), self.centroids[:, 0])
-        return Encoded(codes, self.bits, centroids=self.centroids)
+        """Codes of the nearest centroid for each weight or vector, the centroids, and what fills no vector."""
+        if self.options.dim == 1:
+            codes = nearest_scalar(w.detach().float(), self.centroids[:, 0])
+            return Encoded(codes, self.bits, centroids=self.centroids)
+        vectors, rest = to_vectors(w.detach().float(), self.options.dim)
+        codes = nearest_vector(vectors, self.centroids)
+        return Encoded(codes, self.bits, centroids=self.centroids, rest=rest.clone(), shape=tuple(w.shape))
 
     def forward(self, w: Tensor) -> Tensor:
         """The clustered weight, in the shape and dtype of `w`; in training mode the centroids move along."""
@@ -205,21 +132,31 @@ class DKM(nn.Module):
             with torch.no_grad():
                 value = self.encode(w).decode()
             return straight_through(w, value)
-        flat = w.float().reshape(-1, 1)
-        if flat.numel() == 0:
+        vectors, rest = to_vectors(w.float(), self.options.dim)
+        if vectors.numel() == 0:
             return w
-        low, high = flat.detach().aminmax()
+        low, high = vectors.detach().aminmax()
         if not torch.isfinite(high - low):
             raise ValueError(f"{said_of(self)} holds NaN or infinity; lower the learning rate")
         if low == high:  # all weights equal: they are their own centroid
             return w
-        tau = self._tau(flat.detach())
-        soft, centroids = soft_cluster(flat, self.centroids, tau, self.options.max_iter, self.options.tol)
+        o, spread = self.options, variance(vectors.detach())
+        tau = 1.6 * len(self.centroids) ** (-2 / o.dim) if o.tau is None else o.tau
+        tau *= 1.0 if o.tau_units == "absolute" else spread
+        soft, centroids, drawn = _clustered(vectors, self.centroids, tau, o.max_iter, o.tol * spread**0.5)
         with torch.no_grad():
-            self.centroids.copy_(centroids.detach().sort(dim=0).values)
-        return soft.view_as(w).to(w.dtype)
+            moved = revived(centroids.detach(), drawn, spread)
+            self.centroids.copy_(moved.sort(dim=0).values if o.dim == 1 else moved)
+        return from_vectors(soft, rest, w.shape).to(w.dtype)
 
-    def _tau(self, flat: Tensor) -> float:
-        """The temperature in squared weights."""
-        unit = 1.0 if self.options.tau_units == "absolute" else float(flat.var(correction=0))
-        return self.options.tau * unit
+
+def revived(centroids: Tensor, drawn: Tensor, spread: float) -> Tensor:
+    """`centroids` [k, d], those that drew next to no attention moved beside those that drew most."""
+    dead = drawn < DEAD
+    if not bool(dead.any()):
+        return centroids
+    order, moved = drawn.argsort(descending=True), centroids.clone()
+    for place, j in enumerate(dead.nonzero()[:, 0].tolist()):
+        largest = int(order[place % max(int((~dead).sum()), 1)])
+        moved[j] = centroids[largest] + 0.1 * spread**0.5
+    return moved

@@ -1,53 +1,84 @@
-"""k-means of scalars: sorted once, so that a Lloyd step costs k binary searches whatever the number of weights."""
+"""Where clustering starts: the best scalar clusters by dynamic programming, vectors by k-means++; and nearest centroids."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+GROUPS = 1024  # runs of sorted scalars that the dynamic program cuts between
+ROUNDS = 4  # of cutting finer around the best cuts
+SAMPLE = 1 << 16  # vectors that k-means runs on, where there are more
+CHUNK = 1 << 16  # distances at once
 
-def kmeans_scalar(w: Tensor, k: int, *, restarts: int = 4, max_iter: int = 100, seed: int = 0) -> Tensor:
-    """`k` centroids [k], ascending, float32, of the values of `w` (any shape); the best of several starts.
 
-    Starts: equal-mass quantiles, and `restarts` draws by real D² sampling (k-means++, Arthur and Vassilvitskii 2007).
-    Where `w` holds at most `k` distinct values these are the centroids, and the clustering is exact. Empty weights give
-    zeros. Deterministic for a seed.
+def kmeans_scalar(w: Tensor, k: int, *, max_iter: int = 100) -> Tensor:
+    """`k` centroids [k], ascending, float32, of the values of `w` (any shape), of least squared error.
+
+    Exact (a dynamic program over the sorted values) up to 1,024 distinct values; beyond, the cuts are the best among those
+    between 1,024 runs of neighbours, then among finer ones around them, and Lloyd steps over all values follow. Where `w`
+    holds at most `k` distinct values these are the centroids. Empty weights give zeros.
     """
     values = w.detach().flatten().double().sort().values
     if values.numel() == 0:
         return torch.zeros(k, device=w.device)
-    distinct = values.unique_consecutive()
+    distinct, counts = values.unique_consecutive(return_counts=True)
     if distinct.numel() <= k:
         return torch.cat([distinct, distinct[-1:].expand(k - distinct.numel())]).float()
-    sums = torch.cat([values.new_zeros(1), values.cumsum(0)])
-    squares = torch.cat([values.new_zeros(1), values.square().cumsum(0)])
-    place = (torch.arange(k, device=w.device, dtype=torch.float64) + 0.5) / k * values.numel() - 0.5
-    quantiles = (values[place.floor().long()] + values[place.ceil().long()]) / 2
-    generator = torch.Generator().manual_seed(seed)
-    starts = [quantiles] + [_d2_sample(values, k, generator) for _ in range(restarts)]
-    results = [_lloyd(values, sums, squares, start, max_iter) for start in starts]
-    return min(results, key=lambda r: r[1])[0].float()
+    zero = values.new_zeros(1)
+    sums = torch.cat([zero, values.cumsum(0)])
+    squares = torch.cat([zero, values.square().cumsum(0)])
+    edges = torch.cat([counts.new_zeros(1), counts.cumsum(0)]) if distinct.numel() <= GROUPS else _runs(values)
+    for _ in range(ROUNDS):
+        cuts = _best_cuts(edges, sums[edges], squares[edges], k)
+        finer = _around(cuts, edges)
+        if distinct.numel() <= GROUPS or torch.equal(finer, edges):
+            break
+        edges = finer
+    edges = cuts
+    return _lloyd(values, sums, sums[edges].diff() / edges.diff(), max_iter).float()
 
 
-def _d2_sample(values: Tensor, k: int, generator: torch.Generator, most: int = 65536) -> Tensor:
-    """k-means++ seeds of sorted values, drawn from at most `most` evenly spaced ones."""
-    sample = values[:: max(1, values.numel() // most)].cpu()
-    seeds = [sample[torch.randint(sample.numel(), (1,), generator=generator)]]
-    distance = (sample - seeds[0]).square()
+def _runs(values: Tensor) -> Tensor:
+    """Edges of at most 1,024 runs of sorted values: half of equal mass, half of equal width, so that tails are cut too."""
+    count = values.numel()
+    equal = torch.linspace(0, count, GROUPS // 2 + 1, device=values.device, dtype=torch.float64).round().long()
+    places = torch.linspace(0, 1, GROUPS // 2 + 1, device=values.device, dtype=torch.float64)[1:-1]
+    wide = torch.searchsorted(values, values[0] + (values[-1] - values[0]) * places)
+    return torch.cat([equal, wide]).unique()
+
+
+def _around(cuts: Tensor, edges: Tensor) -> Tensor:
+    """Edges close to the `cuts` [k + 1], between the neighbours that these had among `edges`."""
+    place = torch.searchsorted(edges, cuts[1:-1])
+    low, high = edges[place - 1], edges[place + 1]
+    steps = torch.linspace(0, 1, max(GROUPS // len(place), 3), device=edges.device, dtype=torch.float64)
+    between = (low[:, None] + (high - low)[:, None] * steps).round().long()
+    return torch.cat([cuts, between.flatten()]).unique()
+
+
+def _best_cuts(edges: Tensor, sums: Tensor, squares: Tensor, k: int) -> Tensor:
+    """Edges [k + 1] of the k clusters of least squared error among all cuts at `edges` [n + 1] (k <= n)."""
+    n = len(edges) - 1
+    mass = (edges[None, :] - edges[:, None]).clamp(min=1)
+    total = sums[None, :] - sums[:, None]
+    cost = (squares[None, :] - squares[:, None] - total.square() / mass).clamp(min=0)  # of one cluster from i to j
+    cost.masked_fill_(torch.ones_like(cost, dtype=torch.bool).tril(), float("inf"))
+    best, cuts = cost[0], []
     for _ in range(k - 1):
-        draw = torch.rand(1, generator=generator, dtype=torch.float64) * distance.sum()
-        index = torch.searchsorted(distance.cumsum(0), draw).clamp(max=sample.numel() - 1)
-        seeds.append(sample[index])
-        distance = torch.minimum(distance, (sample - seeds[-1]).square())
-    return torch.cat(seeds).sort().values.to(values.device)
+        best, cut = (best[:, None] + cost).min(0)
+        cuts.append(cut)
+    ends = [n]
+    for cut in reversed(cuts):
+        ends.append(int(cut[ends[-1]]))
+    return edges[torch.tensor([0, *reversed(ends)], device=edges.device)]
 
 
-def _lloyd(values: Tensor, sums: Tensor, squares: Tensor, start: Tensor, max_iter: int) -> tuple[Tensor, float]:
-    """Lloyd steps over sorted values with prefix sums, until nothing moves: centroids and squared error.
+def _lloyd(values: Tensor, sums: Tensor, centroids: Tensor, max_iter: int) -> Tensor:
+    """Lloyd steps over sorted values with prefix sums, until nothing moves: a step costs k binary searches.
 
     A cluster that lost all its weights stays where it is: it can win some back later.
     """
-    centroids, bounds = start, None
+    bounds = None
     for _ in range(max_iter):
         inner = torch.searchsorted(values, (centroids[1:] + centroids[:-1]) / 2)
         edges = torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), values.numel())])
@@ -55,15 +86,61 @@ def _lloyd(values: Tensor, sums: Tensor, squares: Tensor, start: Tensor, max_ite
             break
         bounds = edges
         counts = edges.diff()
-        means = sums[edges].diff() / counts.clamp(min=1)
-        centroids = torch.where(counts > 0, means, centroids).sort().values
-    assert bounds is not None  # max_iter is at least 1
-    counts, first, second = bounds.diff(), sums[bounds].diff(), squares[bounds].diff()
-    error = (second - 2 * centroids * first + counts * centroids.square()).sum()
-    return centroids, float(error)
+        centroids = torch.where(counts > 0, sums[edges].diff() / counts.clamp(min=1), centroids).sort().values
+    return centroids
+
+
+def kmeans_vectors(v: Tensor, k: int, *, max_iter: int = 25, seed: int = 0) -> Tensor:
+    """`k` centroids [k, d], float32, of the vectors `v` [m, d]: k-means++ and Lloyd steps, on at most 65,536 of them.
+
+    The start is real D² sampling (Arthur and Vassilvitskii 2007): the next seed is drawn with a probability in proportion
+    to the squared distance to the seeds so far. A cluster that lost all its vectors moves to the vector farthest from its
+    centroid. Where there are at most `k` distinct vectors these are the centroids. No vectors give zeros. Deterministic for a
+    seed.
+    """
+    points = v.detach().float()[:: max(1, -(-v.shape[0] // SAMPLE))]
+    if points.shape[0] == 0:
+        return v.new_zeros(k, v.shape[1], dtype=torch.float32)
+    distinct = points.unique(dim=0) if len(points) <= 64 * k else points  # sorting vectors is slow
+    if len(distinct) <= k:
+        return torch.cat([distinct, distinct[-1:].expand(k - len(distinct), -1)])
+    centroids, index = _d2_seeds(points, k, torch.Generator().manual_seed(seed)), None
+    for _ in range(max_iter):
+        nearest = nearest_vector(points, centroids).long()
+        if index is not None and torch.equal(nearest, index):
+            break
+        index = nearest
+        counts = torch.bincount(index, minlength=k)[:, None]
+        total = torch.zeros_like(centroids).index_add_(0, index, points)
+        centroids = torch.where(counts > 0, total / counts.clamp(min=1), centroids)
+        for dead in (counts[:, 0] == 0).nonzero()[:, 0].tolist():
+            centroids[dead] = points[(points - centroids[index]).square().sum(1).argmax()]
+    return centroids
+
+
+def _d2_seeds(points: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    first = torch.randint(len(points), (1,), generator=generator).item()
+    seeds = [points[int(first)]]
+    distance = (points - seeds[0]).square().sum(1)
+    for _ in range(k - 1):
+        draw = torch.rand((), generator=generator, dtype=torch.float64).to(points.device)
+        reached = distance.double().cumsum(0)
+        index = int(torch.searchsorted(reached, draw * reached[-1]).clamp(max=len(points) - 1))
+        seeds.append(points[index])
+        distance = torch.minimum(distance, (points - seeds[-1]).square().sum(1))
+    return torch.stack(seeds)
 
 
 def nearest_scalar(w: Tensor, centroids: Tensor) -> Tensor:
     """Index of the nearest of the ascending `centroids` [k] for each weight; uint8, in the shape of `w`."""
     middles = ((centroids[1:].double() + centroids[:-1].double()) / 2).to(w.dtype)
     return torch.bucketize(w, middles).to(torch.uint8)
+
+
+def nearest_vector(v: Tensor, centroids: Tensor) -> Tensor:
+    """Index of the nearest of `centroids` [k, d] for each vector [m, d]; uint8 [m]."""
+    parts = [
+        torch.addmm(centroids.square().sum(1), part, centroids.T, alpha=-2).argmin(1).to(torch.uint8)
+        for part in v.split(max(1, CHUNK // len(centroids)))
+    ]
+    return torch.cat(parts) if parts else v.new_zeros(0, dtype=torch.uint8)

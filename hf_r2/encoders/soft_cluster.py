@@ -1,0 +1,130 @@
+"""Soft clustering of vectors and its gradient at the fixed point, in chunks: no attention map is ever stored.
+
+Repeats C <- mean of the points under the attention softmax(-|w - c|² / tau) (DKM, arXiv:2108.12659), until nothing moves;
+the result is W~ = A C. The gradient is that of the fixed point (IDKM, arXiv:2312.07759; ALGORITHMS 2.7): a (k d) x (k d)
+linear solve, however many iterations there were.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 1 << 16  # elements of attention computed at once: they stay in cache
+SMALLEST = 1e-30  # attention below is raised to it: denormal numbers are slow and mean nothing
+SINGULAR = 1e10  # condition number of I - dF/dC from which the solve is not trusted
+
+
+def attention(w: Tensor, centroids: Tensor, tau: float) -> Tensor:
+    """Rows softmax(-|w_i - c_j|² / tau), [m, k]; the term |w_i|² cancels."""
+    logits = torch.addmm(centroids.square().sum(1) * (-1 / tau), w, centroids.T * (2 / tau))
+    return torch.softmax(logits, dim=1).clamp_(min=SMALLEST)
+
+
+def chunks(k: int, w: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Slices of tensors of equal length, short enough for k columns of attention."""
+    size = max(1, CHUNK // k)
+    for start in range(0, w.shape[0], size):
+        yield tuple(t[start : start + size] for t in (w, *others))
+
+
+def update(points: Tensor, mass: Tensor | None, centroids: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """One step: the new centroids [k, d] and the attention they drew, [k]. A centroid that draws none stays.
+
+    `mass` [n, 1]: how many points each stands for; None for one.
+    """
+    k, d = centroids.shape
+    total = centroids.new_zeros(k, d + 1)
+    with_one = torch.cat([points, points.new_ones(len(points), 1)], 1)
+    for p, one in chunks(k, points, with_one if mass is None else with_one * mass):
+        total.addmm_(attention(p, centroids, tau).T, one)
+    drawn = total[:, d]
+    floor = 1e-18  # far above what the clamp of the attention adds up to
+    return torch.where(drawn[:, None] > floor, total[:, :d] / drawn.clamp(min=floor)[:, None], centroids), drawn
+
+
+def fixed_point(step: Callable[[Tensor], Tensor], centroids: Tensor, still: float, max_iter: int) -> Tensor:
+    """Where repeating `step` ends: after `max_iter` times, or when no centroid moved by more than `still`."""
+    for _ in range(max_iter):
+        moved = step(centroids)
+        distance = float((moved - centroids).abs().max())
+        centroids = moved
+        if distance <= still:
+            break
+    return centroids
+
+
+def jacobian(points: Tensor, mass: Tensor | None, centroids: Tensor, tau: float) -> Tensor:
+    """dF/dC at the fixed point, [k d, k d] in float64 (ALGORITHMS 2.7, with F = C)."""
+    k, d = centroids.shape
+    cross = centroids.new_zeros(k * d, k * d, dtype=torch.float64)
+    moments = centroids.new_zeros(k, 1 + d + d * d, dtype=torch.float64)  # of the points, as each centroid draws them
+    for p, m in chunks(k, points, points.new_ones(len(points), 1) if mass is None else mass):
+        a = attention(p, centroids, tau)
+        powers = torch.cat([torch.ones_like(m), p, (p[:, :, None] * p[:, None, :]).flatten(1)], 1)
+        offset = (p[:, None, :] - centroids).mul_(a[:, :, None]).flatten(1)  # a_ij (p_i - c_j), [n, k d]
+        if mass is None:
+            cross += offset.T @ offset
+        else:
+            cross += (offset * m).T @ offset
+            powers *= m
+        moments += a.T @ powers
+    drawn, first, c = moments[:, 0], moments[:, 1 : 1 + d], centroids.double()
+    second = moments[:, 1 + d :].view(k, d, d)
+    outer = first[:, :, None] * c[:, None, :]
+    same = second - outer - outer.mT + drawn[:, None, None] * c[:, :, None] * c[:, None, :]
+    result = torch.block_diag(*same) - cross
+    return result * (2 / tau) / drawn.clamp(min=1e-30).repeat_interleave(d)[:, None]
+
+
+def solve(dfdc: Tensor, g: Tensor) -> Tensor:
+    """(I - dF/dC)^-T g, [k, d]; where that is near singular (tau close to the critical value), g: one unrolled step."""
+    system = torch.eye(dfdc.shape[0], dtype=dfdc.dtype, device=dfdc.device) - dfdc
+    if not torch.isfinite(system).all() or float(torch.linalg.cond(system)) > SINGULAR:
+        logger.warning("DKM: tau is close to the critical value of a layer; the gradient of one unrolled step is used")
+        return g
+    return torch.linalg.solve(system.T, g.double().flatten()).view_as(g).to(g.dtype)
+
+
+class SoftCluster(torch.autograd.Function):
+    """(w [m, d], start [k, d], tau, max_iter, still) to soft weights [m, d], centroids [k, d] and what each drew, [k]."""
+
+    @staticmethod
+    def forward(ctx, w, centroids, tau, max_iter, still):
+        centroids = fixed_point(lambda c: update(w, None, c, tau)[0], centroids, still, max_iter)
+        soft, drawn = torch.empty_like(w), w.new_zeros(len(centroids))
+        for p, out in chunks(len(centroids), w, soft):
+            a = attention(p, centroids, tau)
+            torch.mm(a, centroids, out=out)
+            drawn += a.sum(0)
+        ctx.save_for_backward(w, centroids, drawn)
+        ctx.tau = tau
+        ctx.mark_non_differentiable(drawn)
+        return soft, centroids, drawn
+
+    @staticmethod
+    def backward(ctx, grad_soft, grad_centroids, _):
+        w, c, drawn = ctx.saved_tensors
+        k, factor = len(c), 2 / ctx.tau
+        g, direct = grad_centroids.clone(), torch.empty_like(w)
+        for p, grad, out in chunks(k, w, grad_soft, direct):
+            a = attention(p, c, ctx.tau)
+            b = _centered(a, grad @ c.T)
+            torch.mm(b, c * factor, out=out)
+            g.addmm_(a.T, grad).addmm_(b.T, p, alpha=factor).sub_(b.sum(0)[:, None] * (c * factor))
+        u = solve(jacobian(w, None, c, ctx.tau), g) / drawn.clamp(min=SMALLEST)[:, None]
+        for p, out in chunks(k, w, direct):
+            a = attention(p, c, ctx.tau)
+            out.addmm_(a, u)
+            out.addmm_(_centered(a, torch.addmm(-(u * c).sum(1), p, u.T)), c, alpha=factor)
+        return direct, None, None, None, None
+
+
+def _centered(a: Tensor, v: Tensor) -> Tensor:
+    """a * (v - sum_j a v): what the softmax's gradient does to `v`; overwrites it."""
+    return v.sub_(torch.linalg.vecdot(a, v)[:, None]).mul_(a)
