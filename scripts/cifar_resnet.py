@@ -1,6 +1,8 @@
-"""Trains a small ResNet on CIFAR-10, to have a trained network of one's own to quantize; measures and saves it.
+"""Trains a small ResNet on CIFAR-10, in float or quantized or clustered; measures and saves it.
 
-    python scripts/cifar_resnet.py --train_file train.parquet --validation_file test.parquet
+    python scripts/cifar_resnet.py --train_file train.parquet --validation_file test.parquet --output_dir runs/float
+    python scripts/cifar_resnet.py --train_file train.parquet --validation_file test.parquet --output_dir runs/lsq \
+      --model_name_or_path runs/float --method lsq --weight_bits 4 --act_bits 4 --learning_rate 0.01 --num_train_epochs 3
 
 Parquet files with columns image and label. Every flag of R2TrainingArguments works too, `--range_loss` included (default:
 none). The saved folder goes into scripts/quantize.py with the same `--image_size`.
@@ -8,6 +10,7 @@ none). The saved folder goes into scripts/quantize.py with the same `--image_siz
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +23,8 @@ from torch.nn import functional as F
 from transformers import HfArgumentParser, ResNetConfig, ResNetForImageClassification, set_seed
 
 import common
-from hf_r2 import R2Trainer, R2TrainingArguments
+from hf_r2 import ENCODERS, R2QuantConfig, R2Trainer, R2TrainingArguments, convert, prepare
+from hf_r2.report import report
 from images import Pictures
 
 # What differs from TrainingArguments' own defaults where no flag says otherwise.
@@ -51,6 +55,30 @@ class CifarArguments:
         default_factory=lambda: [32, 64, 128, 256], metadata={"help": "Channels of each stage."}
     )
     depths: list[int] = field(default_factory=lambda: [1, 1, 1, 1], metadata={"help": "Basic blocks of each stage."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A folder that this script saved, to go on from; default: a new network."}
+    )
+    method: str | None = field(
+        default=None, metadata={"help": "Train quantized or clustered.", "choices": list(ENCODERS)}
+    )
+    weight_bits: int = field(default=4, metadata={"help": "Width of the weights, with a method."})
+    act_bits: int | None = field(default=None, metadata={"help": "Width of the inputs of layers; default: float."})
+    granularity: str = field(default="per_channel", metadata={"help": "per_channel or per_tensor."})
+    options: str = field(default="{}", metadata={"help": 'Options of the method, as JSON: {"dim": 4}.'})
+
+    def __post_init__(self) -> None:
+        if self.method is not None:
+            self.recipe()  # what it refuses is to be known before any image is decoded
+
+    def recipe(self) -> R2QuantConfig:
+        """What the flags say about quantizing."""
+        return R2QuantConfig(
+            self.method or "",
+            self.weight_bits,
+            self.granularity,
+            act_bits=self.act_bits,
+            options=json.loads(self.options),
+        )
 
 
 class CropAndFlip:
@@ -89,7 +117,9 @@ class Rows(torch.utils.data.Dataset):
 
 
 def build(args: CifarArguments, names: list[str]) -> ResNetForImageClassification:
-    """An untrained ResNet of basic blocks whose first stage keeps the stem's resolution."""
+    """The network to go on from, or an untrained ResNet of basic blocks whose first stage keeps the stem's resolution."""
+    if args.model_name_or_path is not None:
+        return ResNetForImageClassification.from_pretrained(args.model_name_or_path)
     config = ResNetConfig(
         embedding_size=args.embedding_size, hidden_sizes=args.hidden_sizes, depths=args.depths, layer_type="basic",
         downsample_in_first_stage=False, id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)},
@@ -132,11 +162,16 @@ def main() -> None:
     validation = Pictures(first(data["validation"], args.max_eval_samples), args.image_size, str(out), "validation")
     # Channels last: the convolutions of a CPU are about a fifth faster that way.
     model = build(args, class_names(data["train"])).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if args.method is not None:
+        prepare(model, args.recipe())
     collator: Any = CropAndFlip(train, args.crop_padding)
     trainer = R2Trainer(model, training, train_dataset=Rows(len(train)), data_collator=collator)
     resume = training.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    if args.method is not None:
+        convert(model)
+        made["report"] = {key: value for key, value in report(model).items() if key != "layers"}
     model.save_pretrained(out)
     top1 = accuracy(model, validation)
     measured = {"accuracy": top1, "train_accuracy": accuracy(model, train), "log": trainer.state.log_history}

@@ -82,8 +82,9 @@ class QnliArguments:
         default=500, metadata={"help": "Training steps through the soft clusters; 0: k-means after training only."}
     )
     dkm_learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of those steps."})
-    dkm_tau: float = field(
-        default=0.1, metadata={"help": "Temperature of the clustering, in units of each weight's variance."}
+    dkm_tau: float | None = field(
+        default=None,
+        metadata={"help": "Temperature of the clustering, in units of each weight's variance; default: by its width."},
     )
 
     def __post_init__(self) -> None:

@@ -77,3 +77,29 @@ def test_a_short_run_saves_what_it_measured(tmp_path):
     test = images.Pictures(load_dataset("parquet", data_files=str(tmp_path / "test.parquet"))["train"], 16, "", "test")
     assert script.accuracy(model, test) == metrics["accuracy"]
     assert f"{100 * metrics['accuracy']:.2f} % on 10 images" in run.stdout
+    more = [
+        "--model_name_or_path",
+        str(out),
+        "--method",
+        "lsq",
+        "--weight_bits",
+        "2",
+        "--act_bits",
+        "4",
+        "--max_steps",
+        "2",
+    ]
+    run = subprocess.run(
+        [sys.executable, "scripts/cifar_resnet.py", *flags, *more, "--output_dir", str(tmp_path / "lsq")],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    packed = AutoModelForImageClassification.from_pretrained(tmp_path / "lsq")
+    metrics = json.loads((tmp_path / "lsq" / "metrics.json").read_text())
+    assert metrics["report"]["policy"] == "first and last layers at 2 bits, like the rest"
+    assert script.accuracy(packed, test) == metrics["accuracy"]
+
+
+def test_a_recipe_that_does_not_fit_is_refused_at_once():
+    with pytest.raises(ValueError, match="weight_bits must be an integer from 1 to 8, got 9"):
+        script.CifarArguments("no.parquet", "no.parquet", method="lsq", weight_bits=9)

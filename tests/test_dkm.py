@@ -54,6 +54,19 @@ def test_gradient_is_that_of_the_full_unroll(d, tau):
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_gradient_of_few_steps_is_that_of_unrolling_them(steps):
+    """From a warm start: close to the fixed point."""
+    w, pull = torch.randn(60, 2, dtype=torch.float64), torch.randn(60, 2, dtype=torch.float64)
+    _, start = soft_cluster(w, w[:4], 0.3, 3000, 0.0)
+    gradients = []
+    for function, more in ((soft_cluster, [0.0]), (unrolled, [])):
+        x = w.clone().requires_grad_()
+        soft, _ = function(x, start + 1e-9, 0.3, steps, *more)
+        gradients.append(torch.autograd.grad((soft * pull).sum(), x)[0])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=1e-6)
+
+
 def test_limits_of_tau():
     w = torch.randn(200, 1, dtype=torch.float64)
     start = torch.tensor([[-1.0], [0.0], [1.0]], dtype=torch.float64)

@@ -2,7 +2,7 @@
 
 Repeats C <- mean of the points under the attention softmax(-|w - c|² / tau) (DKM, arXiv:2108.12659), until nothing moves;
 the result is W~ = A C. The gradient is that of the fixed point (IDKM, arXiv:2312.07759; ALGORITHMS 2.7): a (k d) x (k d)
-linear solve, however many iterations there were.
+linear solve, however many iterations there were. Where the iterations ran out before, it is that of so many steps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 16  # elements of attention computed at once: they stay in cache
 SMALLEST = 1e-30  # attention below is raised to it: denormal numbers are slow and mean nothing
-SINGULAR = 1e10  # condition number of I - dF/dC from which the solve is not trusted
+SINGULAR = 1e6  # condition number of I - dF/dC from which the solve is not trusted
 
 
 def attention(w: Tensor, centroids: Tensor, tau: float) -> Tensor:
@@ -48,15 +48,20 @@ def update(points: Tensor, mass: Tensor | None, centroids: Tensor, tau: float) -
     return torch.where(drawn[:, None] > floor, total[:, :d] / drawn.clamp(min=floor)[:, None], centroids), drawn
 
 
-def fixed_point(step: Callable[[Tensor], Tensor], centroids: Tensor, still: float, max_iter: int) -> Tensor:
-    """Where repeating `step` ends: after `max_iter` times, or when no centroid moved by more than `still`."""
+def fixed_point(
+    step: Callable[[Tensor], Tensor], centroids: Tensor, still: float, max_iter: int
+) -> tuple[Tensor, int | None]:
+    """Where repeating `step` ends: when no centroid moved by more than `still`, or after `max_iter` times.
+
+    Returns the centroids, and None or, where it was not still by then, the number of steps.
+    """
     for _ in range(max_iter):
         moved = step(centroids)
-        distance = float((moved - centroids).abs().max())
+        distance = float((moved - centroids).detach().abs().max())
         centroids = moved
         if distance <= still:
-            break
-    return centroids
+            return centroids, None
+    return centroids, max_iter
 
 
 def jacobian(points: Tensor, mass: Tensor | None, centroids: Tensor, tau: float) -> Tensor:
@@ -82,8 +87,18 @@ def jacobian(points: Tensor, mass: Tensor | None, centroids: Tensor, tau: float)
     return result * (2 / tau) / drawn.clamp(min=1e-30).repeat_interleave(d)[:, None]
 
 
-def solve(dfdc: Tensor, g: Tensor) -> Tensor:
-    """(I - dF/dC)^-T g, [k, d]; where that is near singular (tau close to the critical value), g: one unrolled step."""
+def pulled_back(dfdc: Tensor, g: Tensor, steps: int | None) -> Tensor:
+    """What a gradient g [k, d] for the centroids is for their last update.
+
+    At the fixed point (`steps` None) (I - dF/dC)^-T g; where that is near singular (tau close to the critical value), g: one
+    unrolled step. Else the sum of the first `steps` terms of its series, as unrolling so many steps gives.
+    """
+    if steps is not None:
+        term = result = g.double().flatten()
+        for _ in range(steps - 1):
+            term = dfdc.T @ term
+            result = result + term
+        return result.view_as(g).to(g.dtype)
     system = torch.eye(dfdc.shape[0], dtype=dfdc.dtype, device=dfdc.device) - dfdc
     if not torch.isfinite(system).all() or float(torch.linalg.cond(system)) > SINGULAR:
         logger.warning("DKM: tau is close to the critical value of a layer; the gradient of one unrolled step is used")
@@ -96,7 +111,7 @@ class SoftCluster(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, w, centroids, tau, max_iter, still):
-        centroids = fixed_point(lambda c: update(w, None, c, tau)[0], centroids, still, max_iter)
+        centroids, ctx.steps = fixed_point(lambda c: update(w, None, c, tau)[0], centroids, still, max_iter)
         soft, drawn = torch.empty_like(w), w.new_zeros(len(centroids))
         for p, out in chunks(len(centroids), w, soft):
             a = attention(p, centroids, tau)
@@ -117,7 +132,7 @@ class SoftCluster(torch.autograd.Function):
             b = _centered(a, grad @ c.T)
             torch.mm(b, c * factor, out=out)
             g.addmm_(a.T, grad).addmm_(b.T, p, alpha=factor).sub_(b.sum(0)[:, None] * (c * factor))
-        u = solve(jacobian(w, None, c, ctx.tau), g) / drawn.clamp(min=SMALLEST)[:, None]
+        u = pulled_back(jacobian(w, None, c, ctx.tau), g, ctx.steps) / drawn.clamp(min=SMALLEST)[:, None]
         for p, out in chunks(k, w, direct):
             a = attention(p, c, ctx.tau)
             out.addmm_(a, u)

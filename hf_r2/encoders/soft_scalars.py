@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_r2.encoders.soft_cluster import attention, chunks, fixed_point, jacobian, solve, update
+from hf_r2.encoders.soft_cluster import attention, chunks, fixed_point, jacobian, pulled_back, update
 
 CHUNK = 1 << 16  # weights at once: they stay in cache
 FEWEST, MOST = 1 << 12, 1 << 18  # bins
@@ -91,7 +91,7 @@ class SoftScalars(torch.autograd.Function):
         mass, means = histogram(flat, nodes)
         held = mass > 0
         points, counts = means[held][:, None], mass[held][:, None]
-        centroids = fixed_point(lambda c: update(points, counts, c, tau)[0], centroids, still, max_iter)
+        centroids, ctx.steps = fixed_point(lambda c: update(points, counts, c, tau)[0], centroids, still, max_iter)
         drawn = update(points, counts, centroids, tau)[1]
         table, soft = _soft_table(nodes.positions(w), centroids, tau), torch.empty_like(w)
         for part, out in _pieces(flat, soft[:, 0]):
@@ -113,7 +113,7 @@ class SoftScalars(torch.autograd.Function):
         g = grad_centroids.clone()
         for x, pull in chunks(len(c), points, pulled[held].to(w.dtype)[:, None]):
             g.addmm_(pulls(x, c, tau)[2].T, pull)
-        u = solve(jacobian(points, counts, c, tau), g) / drawn.clamp(min=1e-30)[:, None]
+        u = pulled_back(jacobian(points, counts, c, tau), g, ctx.steps) / drawn.clamp(min=1e-30)[:, None]
         parts = [pulls(x, c, tau) for (x,) in chunks(len(c), nodes.positions(w))]
         slope = torch.cat([part[1] for part in parts])
         share = torch.cat([(part[2] @ u)[:, 0] for part in parts])
