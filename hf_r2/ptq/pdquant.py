@@ -28,7 +28,7 @@ from hf_r2.ptq.walk import Step, frozen, walk
 from hf_r2.ranges import mse_range
 
 logger = logging.getLogger(__name__)
-SLOPE = 1.5  # |V| at which a decided rounding begins: h is 0.12 or 0.88 there
+SLOPE = 2.2  # |V| at which a decided rounding begins: h is 0.02 or 0.98 there, and the sigmoid still has a slope
 SETTINGS = ("pdquant", "qdrop", "brecq")
 
 
