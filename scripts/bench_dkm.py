@@ -16,9 +16,8 @@ import logging
 import math
 import multiprocessing
 import re
-import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers import HfArgumentParser
 
+from benching import medians
 from hf_r2.encoders.dkm import soft_cluster
 from hf_r2.encoders.kmeans import kmeans_scalar, kmeans_vectors
 from hf_r2.vectors import from_vectors, to_vectors
@@ -126,18 +126,6 @@ def available() -> list[str]:
     return list(CANDIDATES)
 
 
-def medians(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median process seconds of each; all take turns in every round."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 1):
-        for name, step in steps.items():
-            start = time.process_time()
-            step()
-            if number:
-                times[name].append(time.process_time() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def _status(key: str) -> int:
     found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(found[1]) if found else 0
@@ -174,7 +162,7 @@ def row(shape: str, form: str, args: BenchArguments, names: list[str]) -> str:
     weight, pull, centroids, tau = problem(shape, bits, dim, args.tau)
     steps = {name: CANDIDATES[name](weight, pull, centroids, tau) for name in names}
     results = {name: step() for name, step in steps.items()}
-    t = medians(steps, args.rounds)
+    t = medians(steps, args.rounds, clock=time.process_time)
     memory = {name: peak_mib(name, (shape, bits, dim, args.tau), torch.get_num_threads()) for name in names}
     cells = [shape, form, f"{1000 * t['ours']:.0f} ms, {memory['ours']:.0f} MiB"]
     for name in names[1:]:

@@ -10,7 +10,6 @@ the ratios.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import HfArgumentParser, MobileNetV1Config, MobileNetV1ForImageClassification
 
+from benching import medians
 from hf_r2.encoders.affine import Affine
 from hf_r2.grid import quantize
 from hf_r2.layers import weight_layers
@@ -46,18 +46,6 @@ class BenchArguments:
     curve: list[int] = field(
         default_factory=lambda: [50, 100, 300, 1000], metadata={"help": "Steps of the error curves."}
     )
-
-
-def medians(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each candidate; all take turns in every round."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for number in range(rounds + 1):
-        for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            if number:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def bench_squant(rounds: int) -> None:

@@ -9,7 +9,6 @@ forward, backward and SGD step. The candidates take turns, the median of their p
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 from transformers import HfArgumentParser, ResNetConfig, ResNetForImageClassification
 
+from benching import medians
 from hf_r2 import R2QuantConfig, prepare
 
 RECIPES = {
@@ -73,17 +73,10 @@ def main() -> None:
     steps = {"float": stepper(plain, args.batch)}
     for name, recipe in RECIPES.items():
         steps[name] = stepper(prepare(copy.deepcopy(plain), copy.deepcopy(recipe)), args.batch)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(args.rounds + 1):
-        for name, step in steps.items():
-            start = time.process_time()
-            step()
-            if number:
-                times[name].append(time.process_time() - start)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    print(f"batch {args.batch}, {torch.get_num_threads()} threads; float step {medians['float']:.2f} s of process time")
-    for name, seconds in medians.items():
-        print(f"{name:20s} {seconds / medians['float']:.2f} x")
+    times = medians(steps, args.rounds, clock=time.process_time)
+    print(f"batch {args.batch}, {torch.get_num_threads()} threads; float step {times['float']:.2f} s of process time")
+    for name, seconds in times.items():
+        print(f"{name:20s} {seconds / times['float']:.2f} x")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ so that another program on the machine slows all of them; what to quote are the 
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
@@ -26,6 +24,7 @@ from transformers import (
     ResNetForImageClassification,
 )
 
+from benching import medians
 from hf_r2 import RANGE_LOSSES, RangeLoss
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -105,19 +104,6 @@ def candidates(model: nn.Module, args: BenchArguments) -> dict[str, Callable[[],
     return found
 
 
-def measure(runs: dict[str, Callable[[], object]], model: nn.Module, rounds: int) -> dict[str, float]:
-    """Median seconds of each over `rounds` rounds in which all take turns, after two rounds of warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 2):
-        for name, run in runs.items():
-            model.zero_grad()
-            start = time.perf_counter()
-            run()
-            if number >= 2:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def main(args: BenchArguments) -> None:
     if args.rounds < 9:
         raise ValueError(f"rounds must be at least 9 for a median that can be quoted, got {args.rounds}")
@@ -126,7 +112,7 @@ def main(args: BenchArguments) -> None:
     torch.manual_seed(0)
     model = MODELS[args.model]()
     numel = [w.numel() for w in RangeLoss(model, args.kind).weights().values()]
-    times = measure(candidates(model, args), model, args.rounds)
+    times = medians(candidates(model, args), args.rounds, warm_up=2, before=model.zero_grad)
     rows = [
         {"what": name, "ms": t * 1e3, "over_floor": t / times["floor"], "over_ours": t / times["hf_r2"]}
         for name, t in times.items()
