@@ -42,7 +42,11 @@ def resnet18() -> nn.Module:
     """ResNet-18 for 32 x 32 pixels."""
     torch.manual_seed(0)
     config = ResNetConfig(
-        embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic", num_labels=10
+        embedding_size=64,
+        hidden_sizes=[64, 128, 256, 512],
+        depths=[2, 2, 2, 2],
+        layer_type="basic",
+        id2label=dict(enumerate("0123456789")),
     )
     model = ResNetForImageClassification(config)
     model.resnet.embedder.embedder.convolution = nn.Conv2d(3, 64, 3, padding=1, bias=False)
