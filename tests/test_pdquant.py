@@ -128,7 +128,7 @@ def test_reconstruction_is_closer_to_the_float_model_than_nearest():
     model, batches = float_model("resnet"), _batches("resnet", 8)
     plain = quantize(model, R2QuantConfig("mse", 3, symmetric=False, act_bits=4), batches)
     for setting in ("pdquant", "qdrop", "brecq"):
-        packed = quantize(model, _config(iters=80, setting=setting), batches)
+        packed = quantize(model, _config(iters=80, start_iters=80, setting=setting), batches)
         assert _error(model, packed, batches) < 0.75 * _error(model, plain, batches), setting
 
 

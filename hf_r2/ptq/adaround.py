@@ -33,7 +33,7 @@ def adaround_(
     *,
     iters: int = 500,
     lr: float = 3e-2,
-    weight_round: float = 0.1,
+    weight_round: float = 0.01,
     beta: Sequence[float] = (20.0, 2.0),
     warmup: float = 0.2,
     activation: bool = True,
@@ -49,8 +49,7 @@ def adaround_(
     Eq. 25: min E |f(W x) - f(W~ x^)|^2 + weight_round * sum(1 - |2 h(V) - 1|^beta), x from the float model, x^ from the
     part that is quantized already, f the ReLU or ReLU6 that follows (`activation`; without one the error is a quadratic
     form and needs no forward pass). `iters` Adam steps at `lr` on `rows` positions each; the regularizer sets in after the
-    share `warmup`, its exponent falls linearly over `beta`. The paper takes 10,000 steps at 1e-3 with weight_round 0.01; in a
-    twentieth of the steps that leaves roundings undecided. Of the decided rounding and
+    share `warmup`, its exponent falls linearly over `beta`. The paper takes 10,000 steps at 1e-3. Of the decided rounding and
     the nearest one the layer keeps that with the smaller error. `correct_bias`: the bias makes up for the mean of the error,
     so that the rounding is learned for what is left of it (not in the paper). Tables are rounded to nearest.
 

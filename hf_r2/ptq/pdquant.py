@@ -42,7 +42,7 @@ def pdquant_(
     iters: int = 100,
     lr: float = 3e-2,
     act_lr: float = 4e-5,
-    weight_round: float = 0.1,
+    weight_round: float = 0.01,
     beta: Sequence[float] = (20.0, 2.0),
     warmup: float = 0.2,
     keep: float = 0.5,
