@@ -100,9 +100,9 @@ def test_histogram_fixed_point_is_that_of_the_weights():
 
 
 def test_attention_has_no_denormals():
-    rows = attention(torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [1.0]]), 1e-4)
-    torch.testing.assert_close(rows, torch.eye(2))
-    assert rows.min() > torch.finfo(torch.float32).tiny
+    columns = attention(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0], [1.0]]), 1e-4)
+    torch.testing.assert_close(columns, torch.eye(2))
+    assert columns.min() > torch.finfo(torch.float32).tiny
 
 
 def test_near_the_critical_tau_one_unrolled_step_is_used_and_said(caplog):

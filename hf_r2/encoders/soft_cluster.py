@@ -15,34 +15,34 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 1 << 16  # elements of attention computed at once: they stay in cache
+CHUNK = 1 << 17  # elements of attention computed at once: they stay in cache
 SMALLEST = 1e-30  # attention below is raised to it: denormal numbers are slow and mean nothing
 SINGULAR = 1e6  # condition number of I - dF/dC from which the solve is not trusted
+FEW = 4  # steps that are unrolled one by one, where dF/dC as a whole would cost more
 
 
-def attention(w: Tensor, centroids: Tensor, tau: float) -> Tensor:
-    """Rows softmax(-|w_i - c_j|² / tau), [m, k]; the term |w_i|² cancels."""
-    logits = torch.addmm(centroids.square().sum(1) * (-1 / tau), w, centroids.T * (2 / tau))
-    return torch.softmax(logits, dim=1).clamp_(min=SMALLEST)
+def attention(points: Tensor, centroids: Tensor, tau: float) -> Tensor:
+    """Columns softmax_j(-|p_i - c_j|² / tau), [k, n], of points in columns [d, n]; the term |p_i|² cancels."""
+    squares = centroids.square().sum(1, keepdim=True)
+    logits = torch.addmm(squares * (-1 / tau), centroids * (2 / tau), points)
+    return torch.softmax(logits, dim=0).clamp_(min=SMALLEST)
 
 
-def chunks(k: int, w: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Slices of tensors of equal length, short enough for k columns of attention."""
-    size = max(1, CHUNK // k)
-    for start in range(0, w.shape[0], size):
-        yield tuple(t[start : start + size] for t in (w, *others))
+def chunks(k: int, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Slices of tensors with as many columns, narrow enough for k rows of attention."""
+    yield from zip(*(t.split(max(1, CHUNK // k), dim=1) for t in columns), strict=True)
 
 
 def update(points: Tensor, mass: Tensor | None, centroids: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     """One step: the new centroids [k, d] and the attention they drew, [k]. A centroid that draws none stays.
 
-    `mass` [n, 1]: how many points each stands for; None for one.
+    `points` [d, n]; `mass` [1, n]: how many points each stands for, None for one.
     """
     k, d = centroids.shape
     total = centroids.new_zeros(k, d + 1)
-    with_one = torch.cat([points, points.new_ones(len(points), 1)], 1)
+    with_one = torch.cat([points, torch.ones_like(points[:1])])
     for p, one in chunks(k, points, with_one if mass is None else with_one * mass):
-        total.addmm_(attention(p, centroids, tau).T, one)
+        total += attention(p, centroids, tau) @ one.T
     drawn = total[:, d]
     floor = 1e-18  # far above what the clamp of the attention adds up to
     return torch.where(drawn[:, None] > floor, total[:, :d] / drawn.clamp(min=floor)[:, None], centroids), drawn
@@ -69,16 +69,12 @@ def jacobian(points: Tensor, mass: Tensor | None, centroids: Tensor, tau: float)
     k, d = centroids.shape
     cross = centroids.new_zeros(k * d, k * d, dtype=torch.float64)
     moments = centroids.new_zeros(k, 1 + d + d * d, dtype=torch.float64)  # of the points, as each centroid draws them
-    for p, m in chunks(k, points, points.new_ones(len(points), 1) if mass is None else mass):
+    for p, m in chunks(k, points, torch.ones_like(points[:1]) if mass is None else mass):
         a = attention(p, centroids, tau)
-        powers = torch.cat([torch.ones_like(m), p, (p[:, :, None] * p[:, None, :]).flatten(1)], 1)
-        offset = (p[:, None, :] - centroids).mul_(a[:, :, None]).flatten(1)  # a_ij (p_i - c_j), [n, k d]
-        if mass is None:
-            cross += offset.T @ offset
-        else:
-            cross += (offset * m).T @ offset
-            powers *= m
-        moments += a.T @ powers
+        powers = torch.cat([torch.ones_like(m), p, (p[:, None] * p).flatten(0, 1)])
+        offset = (p - centroids[:, :, None]).mul_(a[:, None]).flatten(0, 1)  # a_ij (p_i - c_j), [k d, n]
+        cross += (offset if mass is None else offset * m) @ offset.T
+        moments += a @ (powers if mass is None else powers * m).T
     drawn, first, c = moments[:, 0], moments[:, 1 : 1 + d], centroids.double()
     second = moments[:, 1 + d :].view(k, d, d)
     outer = first[:, :, None] * c[:, None, :]
@@ -111,12 +107,13 @@ class SoftCluster(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, w, centroids, tau, max_iter, still):
-        centroids, ctx.steps = fixed_point(lambda c: update(w, None, c, tau)[0], centroids, still, max_iter)
+        points = w.T.contiguous()
+        centroids, ctx.steps = fixed_point(lambda c: update(points, None, c, tau)[0], centroids, still, max_iter)
         soft, drawn = torch.empty_like(w), w.new_zeros(len(centroids))
-        for p, out in chunks(len(centroids), w, soft):
+        for p, out in chunks(len(centroids), points, soft.T):
             a = attention(p, centroids, tau)
-            torch.mm(a, centroids, out=out)
-            drawn += a.sum(0)
+            torch.mm(a.T, centroids, out=out.T)
+            drawn += a.sum(1)
         ctx.save_for_backward(w, centroids, drawn)
         ctx.tau = tau
         ctx.mark_non_differentiable(drawn)
@@ -125,21 +122,43 @@ class SoftCluster(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_soft, grad_centroids, _):
         w, c, drawn = ctx.saved_tensors
-        k, factor = len(c), 2 / ctx.tau
-        g, direct = grad_centroids.clone(), torch.empty_like(w)
-        for p, grad, out in chunks(k, w, grad_soft, direct):
+        k, factor, points, grads = len(c), 2 / ctx.tau, w.T.contiguous(), grad_soft.T.contiguous()
+        g, direct = grad_centroids.clone(), torch.empty_like(points)
+        for p, grad, out in chunks(k, points, grads, direct):
             a = attention(p, c, ctx.tau)
-            b = _centered(a, grad @ c.T)
-            torch.mm(b, c * factor, out=out)
-            g.addmm_(a.T, grad).addmm_(b.T, p, alpha=factor).sub_(b.sum(0)[:, None] * (c * factor))
-        u = pulled_back(jacobian(w, None, c, ctx.tau), g, ctx.steps) / drawn.clamp(min=SMALLEST)[:, None]
-        for p, out in chunks(k, w, direct):
+            b = _centered(a, c @ grad)
+            torch.mm(c.T * factor, b, out=out)
+            g.addmm_(a, grad.T).addmm_(b, p.T, alpha=factor).sub_(b.sum(1, keepdim=True) * (c * factor))
+        share = 1 / drawn.clamp(min=SMALLEST)[:, None]
+        if ctx.steps is not None and ctx.steps <= FEW:
+            term = u = g
+            for _ in range(ctx.steps - 1):
+                term = _one_step_back(points, c, term * share, ctx.tau)
+                u = u + term
+        else:
+            u = pulled_back(jacobian(points, None, c, ctx.tau), g, ctx.steps)
+        u = u * share
+        for p, out in chunks(k, points, direct):
             a = attention(p, c, ctx.tau)
-            out.addmm_(a, u)
-            out.addmm_(_centered(a, torch.addmm(-(u * c).sum(1), p, u.T)), c, alpha=factor)
-        return direct, None, None, None, None
+            out.addmm_(u.T, a)
+            out.addmm_(c.T, _centered(a, _heights(p, c, u)), alpha=factor)
+        return direct.T, None, None, None, None
+
+
+def _one_step_back(points: Tensor, c: Tensor, u: Tensor, tau: float) -> Tensor:
+    """(dF/dC)^T times u (already divided by what each centroid drew), [k, d], without dF/dC."""
+    result = torch.zeros_like(c)
+    for (p,) in chunks(len(c), points):
+        b = _centered(attention(p, c, tau), _heights(p, c, u))
+        result.addmm_(b, p.T).sub_(b.sum(1, keepdim=True) * c)
+    return result * (2 / tau)
+
+
+def _heights(p: Tensor, c: Tensor, u: Tensor) -> Tensor:
+    """u_j (p_i - c_j), [k, n]."""
+    return torch.addmm(-(u * c).sum(1, keepdim=True), u, p)
 
 
 def _centered(a: Tensor, v: Tensor) -> Tensor:
     """a * (v - sum_j a v): what the softmax's gradient does to `v`; overwrites it."""
-    return v.sub_(torch.linalg.vecdot(a, v)[:, None]).mul_(a)
+    return v.sub_((a * v).sum(0)).mul_(a)

@@ -41,8 +41,8 @@ class Nodes:
         return cls(low, max((high - low) / bins, 1e-30), bins)
 
     def positions(self, like: Tensor) -> Tensor:
-        """The nodes [bins + 1, 1]."""
-        return (torch.arange(self.bins + 1, device=like.device, dtype=like.dtype) * self.width + self.low)[:, None]
+        """The nodes [1, bins + 1]."""
+        return (torch.arange(self.bins + 1, device=like.device, dtype=like.dtype) * self.width + self.low)[None]
 
     def places(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Index of the bin of each weight, int32, and where in it, 0 to 1."""
@@ -69,12 +69,12 @@ def histogram(w: Tensor, nodes: Nodes) -> tuple[Tensor, Tensor]:
 
 
 def pulls(x: Tensor, c: Tensor, tau: float) -> tuple[Tensor, Tensor, Tensor]:
-    """At points [n, 1]: f, f' and df/dc_j = a_j (1 + 2/tau (x - c_j) (c_j - f)), [n], [n], [n, k]."""
+    """At points [1, n]: f, f' and df/dc_j = a_j (1 + 2/tau (x - c_j) (c_j - f)), [1, n], [n], [k, n]."""
     a = attention(x, c, tau)
-    f = a @ c
-    off = c.T - f  # [n, k]
-    slope = torch.linalg.vecdot(a, off.square()) * (2 / tau)
-    return f[:, 0], slope, a * (1 + (2 / tau) * (x - c.T) * off)
+    f = c.T @ a
+    off = c - f  # [k, n]
+    slope = (a * off.square()).sum(0) * (2 / tau)
+    return f, slope, a * (1 + (2 / tau) * (x - c) * off)
 
 
 def interpolated(table: Tensor, index: Tensor, inside: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class SoftScalars(torch.autograd.Function):
         flat = w[:, 0]
         mass, means = histogram(flat, nodes)
         held = mass > 0
-        points, counts = means[held][:, None], mass[held][:, None]
+        points, counts = means[held][None], mass[held][None]
         centroids, ctx.steps = fixed_point(lambda c: update(points, counts, c, tau)[0], centroids, still, max_iter)
         drawn = update(points, counts, centroids, tau)[1]
         table, soft = _soft_table(nodes.positions(w), centroids, tau), torch.empty_like(w)
@@ -109,14 +109,14 @@ class SoftScalars(torch.autograd.Function):
         for part, grad in _pieces(flat, grads):
             pulled += torch.bincount(nodes.places(part)[0], weights=grad, minlength=nodes.bins)
         held = mass > 0
-        points, counts = means[held][:, None], mass[held][:, None]
+        points, counts = means[held][None], mass[held][None]
         g = grad_centroids.clone()
-        for x, pull in chunks(len(c), points, pulled[held].to(w.dtype)[:, None]):
-            g.addmm_(pulls(x, c, tau)[2].T, pull)
+        for x, pull in chunks(len(c), points, pulled[held].to(w.dtype)[None]):
+            g.addmm_(pulls(x, c, tau)[2], pull.T)
         u = pulled_back(jacobian(points, counts, c, tau), g, ctx.steps) / drawn.clamp(min=1e-30)[:, None]
         parts = [pulls(x, c, tau) for (x,) in chunks(len(c), nodes.positions(w))]
         slope = torch.cat([part[1] for part in parts])
-        share = torch.cat([(part[2] @ u)[:, 0] for part in parts])
+        share = torch.cat([(u.T @ part[2])[0] for part in parts])
         result = torch.empty_like(w)
         for part, grad, out in _pieces(flat, grads, result[:, 0]):
             places = nodes.places(part)
@@ -125,4 +125,4 @@ class SoftScalars(torch.autograd.Function):
 
 
 def _soft_table(x: Tensor, c: Tensor, tau: float) -> Tensor:
-    return torch.cat([(attention(part, c, tau) @ c)[:, 0] for (part,) in chunks(len(c), x)])
+    return torch.cat([(c.T @ attention(part, c, tau))[0] for (part,) in chunks(len(c), x)])
