@@ -63,23 +63,22 @@ def pdquant_(
     AdaRound's regularizer + `prediction` times KL(softmax(z / `temperature`) || softmax(z_q / `temperature`)) of the model's
     logits (eq. 5 and 6), z_q with this block quantized and the later ones in float. The prediction is taken in one step of
     `prediction_every`, with so many times the weight: it costs a pass through the rest of the model (1: as in the paper). While
-    it trains, elements of the block's input and of its quantized activations are quantized with probability `keep` only
-    (QDrop), and the float input is first moved towards the batch norms' statistics by `correction_steps` Adam steps (eq. 8;
-    `correction` is lambda_c, which divides the distance to the original; default: 0.8 `iters` over the number of batches, the
-    paper's proportion).
+    it trains, elements of the block's input and of its quantized activations are quantized with probability `keep` only (QDrop),
+    and the float input is first moved towards the batch norms' statistics by `correction_steps` Adam steps (eq. 8; `correction`
+    is lambda_c, which divides the distance to the original; default: 0.8 `iters` over the number of batches, as the paper).
     `setting`: "qdrop" leaves prediction and correction out (arXiv:2203.05740), "brecq" dropping too: roundings first meet the
     quantized path's inputs, activations in float (arXiv:2102.05426).
 
-    The paper trains 20,000 steps a block at 3e-3; the default is what a CPU does in minutes. One step takes one of the
-    `batches`. Deterministic for a `seed`; `resume_dir` as in `adaround_`.
+    One step takes one of the `batches`; one in eight is held out: where a block is worse on these after training than with the
+    roundings that its layers learned one by one (`start_iters` steps each), those stay. The paper trains 20,000 steps a block
+    at 3e-3; the default is what a CPU does in minutes. Deterministic for a `seed`; `resume_dir` as in `adaround_`.
 
     Raises ValueError for an unknown setting, a model whose graph cannot be read (see `read_graph`), and batches that it
     rejects.
     """
     if setting not in SETTINGS:
         raise ValueError(f"setting must be one of {', '.join(SETTINGS)}; got {setting!r}")
-    data = checked(batches, samples)
-    plain = setting != "pdquant"
+    data, plain = checked(batches, samples), setting != "pdquant"
     steps = round(0.8 * iters / len(data)) if correction_steps is None else correction_steps
     settings = Settings(
         iters=iters, lr=lr, act_lr=act_lr, weight_round=weight_round, beta=(beta[0], beta[1]), warmup=warmup, keep=keep,

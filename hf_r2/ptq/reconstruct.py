@@ -30,7 +30,7 @@ from hf_r2.ptq.distribution import correct
 from hf_r2.ptq.learned_step import LearnedStep, drawn
 from hf_r2.ptq.rounding import Rounding, annealed_beta
 
-FEW = 4  # batches that the prediction difference is judged on
+SHARE = 8  # one batch in so many is held out: what is trained in a block is judged on batches that it has not seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,17 +122,28 @@ class BlockProblem:
             result = self.relay.rest(number, with_main_tensor(self.outputs[number], output))
         return prediction_difference(main_logits(result), self.logits[number], self.settings.temperature)  # type: ignore[arg-type]
 
+    @property
+    def held_out(self) -> list[int]:
+        """Numbers of the batches that are judged on: the last eighth, or all where there are less than eight."""
+        count = len(self.calls)
+        return list(range(count - count // SHARE, count)) or list(range(count))
+
+    @property
+    def trained_on(self) -> int:
+        """How many batches are trained on: the first so many."""
+        count = len(self.calls)
+        return count - count // SHARE
+
     @torch.no_grad()
     def objective(self) -> float:
-        """Reconstruction error over all batches and weighted prediction difference over a few, everything quantized."""
-        found = [
-            float(reconstruction_error(main_tensor(run_block(self.model, self.block, call)), target, self.axis))
-            for call, target in zip(self.calls, self.targets, strict=True)
-        ]
-        error, few = sum(found) / len(found), min(FEW, len(self.calls))
-        if self.settings.prediction > 0:
-            error += self.settings.prediction * sum(float(self.prediction(number)) for number in range(few)) / few
-        return error
+        """Reconstruction error and weighted prediction difference over the batches held out, everything quantized."""
+        error = 0.0
+        for number in self.held_out:
+            output = main_tensor(run_block(self.model, self.block, self.calls[number]))
+            error += float(reconstruction_error(output, self.targets[number], self.axis))
+            if self.settings.prediction > 0:
+                error += self.settings.prediction * float(self.prediction(number))
+        return error / len(self.held_out)
 
 
 def main_logits(output: Any) -> Tensor:
@@ -154,7 +165,7 @@ def learn_block_(
     steps = _learn_steps_(layers, generator)
     optimizer = torch.optim.Adam([r.v for r in roundings.values()], lr=s.lr)
     act_optimizer = torch.optim.Adam([step.scale for step in steps.values()], lr=s.act_lr) if steps else None
-    order = torch.randint(len(problem.calls), (s.iters,), generator=generator).tolist()
+    order = torch.randint(problem.trained_on, (s.iters,), generator=generator).tolist()
     for i, number in enumerate(order):
         for step in steps.values():
             step.keep = s.keep
