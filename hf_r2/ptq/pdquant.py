@@ -63,9 +63,9 @@ def pdquant_(
     AdaRound's regularizer + `prediction` times KL(softmax(z / `temperature`) || softmax(z_q / `temperature`)) of the model's
     logits (eq. 5 and 6), z_q with this block quantized and the later ones in float. The prediction is taken in one step of
     `prediction_every`, with so many times the weight: it costs a pass through the rest of the model (1: as in the paper). While
-    it trains, elements of the block's input and of its quantized activations are quantized with probability `keep` only (QDrop),
-    and the float input is first moved towards the batch norms' statistics by `correction_steps` Adam steps (eq. 8; `correction`
-    is lambda_c, which divides the distance to the original; default: 0.8 `iters` over the number of batches, as the paper).
+    it trains, elements of the block's input and of its quantized activations are quantized with probability `keep` (QDrop), and
+    the float input is first moved towards the batch norms' statistics by `correction_steps` Adam steps (eq. 8; `correction` is
+    lambda_c, which divides the distance to the original; default: 0.8 `iters` over the number of batches, as the paper).
     `setting`: "qdrop" leaves prediction and correction out (arXiv:2203.05740), "brecq" dropping too: roundings first meet the
     quantized path's inputs, activations in float (arXiv:2102.05426).
 
