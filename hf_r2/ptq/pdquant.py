@@ -73,8 +73,7 @@ def pdquant_(
     roundings that its layers learned one by one (`start_iters` steps each), those stay. The paper trains 20,000 steps a block
     at 3e-3; the default is what a CPU does in minutes. Deterministic for a `seed`; `resume_dir` as in `adaround_`.
 
-    Raises ValueError for an unknown setting, a model whose graph cannot be read (see `read_graph`), and batches that it
-    rejects.
+    Raises ValueError for an unknown setting, a model whose graph cannot be read (`read_graph`), and batches it rejects.
     """
     if setting not in SETTINGS:
         raise ValueError(f"setting must be one of {', '.join(SETTINGS)}; got {setting!r}")
