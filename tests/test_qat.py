@@ -196,6 +196,18 @@ def test_a_step_that_turned_negative_comes_back():
     assert clip.clip.item() > 0
 
 
+def test_a_model_cast_to_half_precision_computes_in_float32():
+    w = torch.zeros(4, 8)
+    encoder = LSQ(w, LayerSpec("lsq", 2)).half()  # a step of 1e-8 is 0 in float16
+    assert torch.equal(encoder(w.half()), w.half())
+    fine = LSQ(torch.randn(4, 8), LayerSpec("lsq", 8)).half()
+    w = torch.randn(4, 8).half().requires_grad_()
+    value = fine(w)
+    value.sum().backward()
+    assert torch.equal(value, fine.encode(w).decode().half())
+    assert torch.isfinite(w.grad).all()
+
+
 @pytest.mark.parametrize("w", [torch.zeros(3, 4), torch.full((3, 4), 0.5), torch.empty(0, 4)])
 @pytest.mark.parametrize("method", ["lsq", "dorefa"])
 def test_degenerate_weights_stay_finite(w, method):

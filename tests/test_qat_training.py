@@ -29,6 +29,7 @@ RECIPES = {
     "pact": {"method": "pact", "weight_bits": 4, "act_bits": 4},
     "dorefa": {"method": "dorefa", "weight_bits": 1, "act_bits": 2},
     "dkm": {"method": "dkm", "weight_bits": 2, "act_bits": 8},
+    "dkm vectors": {"method": "dkm", "weight_bits": 4, "options": {"dim": 3}},
 }
 IDS = {"input_ids": torch.arange(3, 27).view(4, 6)}
 
@@ -75,7 +76,7 @@ def test_training_moves_what_can_learn(name, tmp_path):
     start = {k: v.clone() for k, v in prepare(tiny_bert(), R2QuantConfig(**RECIPES[name])).named_parameters()}
     model, _ = trained(tmp_path, RECIPES[name])
     own = [k for k in start if "weight_encoder" in k or "input_quantizer" in k]
-    assert bool(own) == (name != "dorefa")
+    assert bool(own) == (name not in ("dorefa", "dkm vectors"))
     for key in (*own, "bert.encoder.layer.0.intermediate.dense.weight"):
         assert not torch.equal(start[key], dict(model.named_parameters())[key]), key
 

@@ -50,7 +50,7 @@ class _LearnedQuantize(torch.autograd.Function):
 
 
 def kept_positive_(scale: Tensor) -> Tensor:
-    """Puts a learned scale that an optimizer step made too small back to its bound, in place; returns it."""
+    """Puts a learned scale that an optimizer step made too small back to its bound, in place; returns it in float32."""
     with torch.no_grad():
         scale.clamp_(min=SMALLEST)
-    return scale
+    return scale.float().clamp(min=SMALLEST)  # the bound is 0 in float16

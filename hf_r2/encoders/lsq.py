@@ -62,4 +62,4 @@ class LSQ(nn.Module):
             self.scale.device.type == "cpu" and not torch.isfinite(self.scale).all()
         ):  # a GPU would have to be waited for
             raise ValueError(f"the step of {said_of(self)} is NaN or infinite; lower the learning rate")
-        return learned_quantize(w, kept_positive_(self.scale).float(), point, self.grid.qmax, self.factor)
+        return learned_quantize(w, kept_positive_(self.scale), point, self.grid.qmax, self.factor)

@@ -122,7 +122,7 @@ class LearnedStepInput(TrainedInput):
 
     def learned(self, x: Tensor) -> Tensor:
         """See the base class."""
-        scale = kept_positive_(self.scale).float()
+        scale = kept_positive_(self.scale)
         factor = (max(x[0].numel(), 1) * self.largest) ** -0.5
         if self.offset is None:
             return learned_quantize(x, scale, self.middle, self.grid.qmax, factor)
@@ -162,7 +162,7 @@ class ClippedInput(TrainedInput):
 
     def learned(self, x: Tensor) -> Tensor:
         """See the base class."""
-        return pact(x, kept_positive_(self.clip).float(), self.middle, self.grid)
+        return pact(x, kept_positive_(self.clip), self.middle, self.grid)
 
     def penalty(self) -> Tensor | None:
         """What `R2Trainer` adds to the loss; None where nothing is learned."""
