@@ -23,7 +23,7 @@ from tests.models import float_model, inputs_for
         ({"act_range": "guess"}, ValueError, "act_range must be one of static, dynamic"),
         ({"symmetric": "yes"}, ValueError, "symmetric must be true or false"),
         ({"weight_bit": 4}, TypeError, "unknown settings weight_bit; known ones are: method, weight_bits"),
-        ({"options": {"taw": 1}, "method": "dkm"}, TypeError, "no option taw; its options are: tau, tau_units"),
+        ({"options": {"taw": 1}, "method": "dkm"}, TypeError, "no option taw; its options are: dim, tau, tau_units"),
         ({"options": {"tau": 0}, "method": "dkm"}, ValueError, "tau must be a positive number"),
         (
             {"options": {"iters": 1}},

@@ -1,5 +1,7 @@
 """Vector clustering: the order of the vectors, k-means++, gradients, what is left over, dead clusters; and large tensors."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -155,7 +157,7 @@ def test_vector_palettes_pack_and_reload(bits, dim, name, tmp_path):
 
 
 def test_prepared_vectors_train_and_convert():
-    model = prepare(float_model("resnet"), R2QuantConfig("dkm", 4, options={"dim": 4})).train()
+    model = prepare(copy.deepcopy(float_model("resnet")), R2QuantConfig("dkm", 4, options={"dim": 4})).train()
     weight = model.resnet.encoder.stages[0].layers[0].layer[0].convolution._parameters["weight"]
     before = weight.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
