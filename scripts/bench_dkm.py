@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import HfArgumentParser
 
 from benching import medians
-from hf_r2.encoders.dkm import soft_cluster
+from hf_r2.encoders.dkm import default_tau, soft_cluster
 from hf_r2.encoders.kmeans import kmeans_scalar, kmeans_vectors
 from hf_r2.vectors import from_vectors, to_vectors
 
@@ -53,7 +53,7 @@ def problem(shape: str, bits: int, dim: int, tau: float | None) -> tuple[Tensor,
     weight = torch.randn(size) * math.sqrt(2 / math.prod(size[1:]))
     vectors = to_vectors(weight, dim)[0]
     start = kmeans_vectors(vectors, 2**bits) if dim > 1 else kmeans_scalar(vectors, 2**bits)[:, None]
-    unit = 1.6 * 4.0 ** (-bits / dim) if tau is None else tau
+    unit = default_tau(2**bits, dim) if tau is None else tau
     absolute = unit * float(weight.var())
     _, centroids = soft_cluster(vectors, start, absolute, 1000, 1e-6)
     return weight, torch.randn(size), centroids, absolute

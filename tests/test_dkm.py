@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from hf_r2.encoders.dkm import DKM, soft_cluster
+from hf_r2.encoders.dkm import DKM, default_tau, soft_cluster
 from hf_r2.encoders.kmeans import kmeans_scalar, nearest_scalar
 from hf_r2.encoders.soft_cluster import attention
 from hf_r2.spec import LayerSpec
@@ -181,3 +181,11 @@ def test_every_option_changes_the_result(changed):
         plain.centroids += 0.3
         other.centroids += 0.3
     assert not torch.equal(plain(w), other(w))
+
+
+def test_default_tau_keeps_clusters_apart_and_close_to_their_rounding():
+    assert [default_tau(2**bits, 1) for bits in (1, 2, 4)] == [0.1, 0.1, 0.00625]
+    assert default_tau(16, 4) == 0.1
+    w = torch.randn(4000)
+    soft, given = DKM(w, LayerSpec("dkm", 4)), DKM(w, LayerSpec("dkm", 4, options={"tau": 0.00625}))
+    assert torch.equal(soft(w), given(w))

@@ -67,9 +67,9 @@ class DKMOptions:
     `dim`: cluster vectors of so many neighbours along the first axis (`to_vectors`); `weight_bits` is then the width of a
     vector's code. `tau`: the temperature, in units of the weight's variance, or of squared weights with
     `tau_units="absolute"`. A cluster splits no more where tau exceeds twice the largest variance in it (ALGORITHMS 2.2), and
-    the variance in one of k clusters of a Gaussian is about 2.7 k**(-2 / dim) of the whole: the default is 1.6 k**(-2 / dim),
-    which is 0.4, 0.1 and 0.006 for 1, 2 and 4 bits. `max_iter` and `tol` as in `soft_cluster`. `seed` of the
-    k-means++ start of vectors.
+    the variance in one of k clusters of a Gaussian is about 2.7 k**(-2 / dim) of the whole. The default is 1.6 k**(-2 / dim),
+    but at most 0.1, as what is trained softly is rounded in the end: 0.1 for 1 and 2 bits, 0.006 for 4.
+    `max_iter` and `tol` as in `soft_cluster`. `seed` of the k-means++ start of vectors.
     """
 
     dim: int = 1
@@ -91,6 +91,11 @@ class DKMOptions:
             raise ValueError(f"tau_units must be 'variance' or 'absolute', got {self.tau_units!r}")
         if self.max_iter < 1:
             raise ValueError(f"max_iter must be at least 1, got {self.max_iter}")
+
+
+def default_tau(k: int, dim: int) -> float:
+    """Temperature for k clusters of vectors of this length, in units of the weight's variance (see `DKMOptions`)."""
+    return min(0.1, 1.6 * k ** (-2 / dim))
 
 
 class DKM(nn.Module):
@@ -141,7 +146,7 @@ class DKM(nn.Module):
         if low == high:  # all weights equal: they are their own centroid
             return w
         o, spread = self.options, variance(vectors.detach())
-        tau = 1.6 * len(self.centroids) ** (-2 / o.dim) if o.tau is None else o.tau
+        tau = default_tau(len(self.centroids), o.dim) if o.tau is None else o.tau
         tau *= 1.0 if o.tau_units == "absolute" else spread
         soft, centroids, drawn = _clustered(vectors, self.centroids, tau, o.max_iter, o.tol * spread**0.5)
         with torch.no_grad():
