@@ -64,13 +64,10 @@ class DoReFa(nn.Module):
     their levels. Options: `rescale`.
     """
 
-    levels: Tensor
-
     def __init__(self, weight: Tensor, spec: LayerSpec, axis: int = 0):
         super().__init__()
         self.bits = spec.weight_bits
         self.rescale = bool(spec.options.get("rescale", True))
-        self.register_buffer("levels", dorefa_levels(self.bits)[:, None], persistent=False)
 
     def encode(self, w: Tensor) -> Encoded:
         """Codes of the nearest levels, the levels, and the scale where there is one."""

@@ -126,7 +126,7 @@ class BlockProblem:
     def held_out(self) -> list[int]:
         """Numbers of the batches that are judged on: the last eighth, or all where there are less than eight."""
         count = len(self.calls)
-        return list(range(count - count // SHARE, count)) or list(range(count))
+        return list(range(self.trained_on, count)) or list(range(count))
 
     @property
     def trained_on(self) -> int:
