@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import HfArgumentParser
 
 from benching import medians
-from hf_r2.encoders.dkm import default_tau, soft_cluster
+from hf_r2.encoders.dkm import default_tau, soft_cluster, soft_weight
 from hf_r2.encoders.kmeans import kmeans_scalar, kmeans_vectors
 from hf_r2.vectors import from_vectors, to_vectors
 
@@ -60,13 +60,12 @@ def problem(shape: str, bits: int, dim: int, tau: float | None) -> tuple[Tensor,
 
 
 def ours(weight: Tensor, pull: Tensor, centroids: Tensor, tau: float) -> Step:
-    """`soft_cluster`."""
+    """`soft_weight`, as the encoder calls it."""
     leaf = weight.clone().requires_grad_()
 
     def step() -> tuple[Tensor, Tensor]:
         leaf.grad = None
-        vectors, rest = to_vectors(leaf, centroids.shape[1])
-        soft = from_vectors(soft_cluster(vectors, centroids, tau, ITERATIONS, 0.0)[0], rest, leaf.shape)
+        soft, _, _ = soft_weight(leaf, centroids, tau, ITERATIONS, 0.0)
         soft.backward(pull)
         return soft.detach(), leaf.grad  # type: ignore[return-value]
 

@@ -7,7 +7,7 @@ import torch
 
 from hf_r2.encoders.dkm import DKM, default_tau, soft_cluster
 from hf_r2.encoders.kmeans import kmeans_scalar, nearest_scalar
-from hf_r2.encoders.soft_cluster import attention
+from hf_r2.encoders.attention import attention
 from hf_r2.spec import LayerSpec
 from tests.reference.clustering import optimal_kmeans_error, unrolled
 

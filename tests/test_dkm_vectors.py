@@ -123,7 +123,9 @@ def test_tables_of_large_tensors_agree_with_the_exact_computation(bits, tau, out
     results = []
     for function, dtype, more in ((SoftScalars, torch.float32, [nodes]), (SoftCluster, torch.float64, [])):
         x = w.to(dtype).requires_grad_()
-        soft, c, drawn = function.apply(x, start.to(dtype), tau, 3, 0.0, *more)
+        columns = x if more else x.T[None]
+        soft, c, drawn = function.apply(columns, start.to(dtype), tau, 3, 0.0, *more)
+        soft = soft.view(-1, 1)
         (grad,) = torch.autograd.grad((soft * pull.to(dtype)).sum() + (c * 7).sum(), x)
         results.append([t.double().detach() for t in (soft, c, drawn, grad)])
     (soft, c, drawn, grad), (soft_, c_, drawn_, grad_) = results

@@ -11,6 +11,7 @@ FILES = sorted(p.relative_to(PACKAGE).with_suffix("").as_posix() for p in PACKAG
 LEVELS = [
     {
         "vectors",
+        "encoders/attention",
         "grid",
         "layers",
         "integrity",

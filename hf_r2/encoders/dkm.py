@@ -13,7 +13,7 @@ from hf_r2.encoders.kmeans import kmeans_scalar, kmeans_vectors, nearest_scalar,
 from hf_r2.encoders.soft_cluster import SoftCluster
 from hf_r2.encoders.soft_scalars import Nodes, SoftScalars
 from hf_r2.spec import LayerSpec
-from hf_r2.vectors import from_vectors, to_vectors
+from hf_r2.vectors import from_columns, to_columns, to_vectors
 
 MANY = 1 << 16  # scalars from which tables pay
 DEAD = 0.5  # vectors' worth of attention below which a centroid is taken to be of no use
@@ -40,15 +40,29 @@ def soft_cluster(
         raise ValueError(f"tau must be a positive number (squared distance), got {tau}")
     if max_iter < 1:
         raise ValueError(f"max_iter must be at least 1, got {max_iter}")
-    return _clustered(w, centroids, float(tau), max_iter, tol * variance(w.detach()) ** 0.5)[:2]
+    soft, centroids, _ = _clustered(w.T[None], centroids, float(tau), max_iter, tol * variance(w.detach()) ** 0.5)
+    return soft[0].T, centroids
+
+
+def soft_weight(w: Tensor, start: Tensor, tau: float, max_iter: int, still: float) -> tuple[Tensor, Tensor, Tensor]:
+    """As `soft_cluster`, for a weight of any shape as vectors (`to_columns`), what fills no vector left as it is.
+
+    `still` is the tolerance in units of the weight. Returns the soft weight, the centroids and what each drew, [k].
+    """
+    columns, rest = to_columns(w, start.shape[1])
+    soft, centroids, drawn = _clustered(columns, start, tau, max_iter, still)
+    return from_columns(soft, rest, w.shape), centroids, drawn
 
 
 def _clustered(w: Tensor, start: Tensor, tau: float, max_iter: int, still: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Soft clustering of columns [b, d, n] by what suits them."""
     start = start.detach().to(w.dtype)
-    if w.shape[1] == 1 and w.shape[0] > MANY:
-        nodes = Nodes.over(w.detach()[:, 0], start, tau)
+    if w.shape[1] == 1 and w.numel() > MANY:
+        flat = w.reshape(-1, 1)
+        nodes = Nodes.over(flat.detach()[:, 0], start, tau)
         if nodes is not None:
-            return SoftScalars.apply(w, start, tau, max_iter, still, nodes)  # type: ignore[return-value]
+            soft, centroids, drawn = SoftScalars.apply(flat, start, tau, max_iter, still, nodes)  # type: ignore[misc]
+            return soft.view(w.shape), centroids, drawn
     return SoftCluster.apply(w, start, tau, max_iter, still)  # type: ignore[return-value]
 
 
@@ -137,22 +151,22 @@ class DKM(nn.Module):
             with torch.no_grad():
                 value = self.encode(w).decode()
             return straight_through(w, value)
-        vectors, rest = to_vectors(w.float(), self.options.dim)
-        if vectors.numel() == 0:
+        x = w.float()
+        if x.numel() < self.options.dim or x.numel() == 0:
             return w
-        low, high = vectors.detach().aminmax()
+        low, high = x.detach().aminmax()
         if not torch.isfinite(high - low):
             raise ValueError(f"{said_of(self)} holds NaN or infinity; lower the learning rate")
         if low == high:  # all weights equal: they are their own centroid
             return w
-        o, spread = self.options, variance(vectors.detach())
+        o, spread = self.options, variance(x.detach())
         tau = default_tau(len(self.centroids), o.dim) if o.tau is None else o.tau
         tau *= 1.0 if o.tau_units == "absolute" else spread
-        soft, centroids, drawn = _clustered(vectors, self.centroids, tau, o.max_iter, o.tol * spread**0.5)
+        soft, centroids, drawn = soft_weight(x, self.centroids, tau, o.max_iter, o.tol * spread**0.5)
         with torch.no_grad():
             moved = revived(centroids.detach(), drawn, spread)
             self.centroids.copy_(moved.sort(dim=0).values if o.dim == 1 else moved)
-        return from_vectors(soft, rest, w.shape).to(w.dtype)
+        return soft.to(w.dtype)
 
 
 def revived(centroids: Tensor, drawn: Tensor, spread: float) -> Tensor:

@@ -8,44 +8,28 @@ linear solve, however many iterations there were. Where the iterations ran out b
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from hf_r2.encoders.attention import Attention, put
+
 logger = logging.getLogger(__name__)
 
-CHUNK = 1 << 17  # elements of attention computed at once: they stay in cache
-SMALLEST = 1e-30  # attention below is raised to it: denormal numbers are slow and mean nothing
 SINGULAR = 1e6  # condition number of I - dF/dC from which the solve is not trusted
 FEW = 4  # steps that are unrolled one by one, where dF/dC as a whole would cost more
+NOTHING = 1e-18  # attention drawn that is as good as none: far above what the least attention adds up to
 
 
-def attention(points: Tensor, centroids: Tensor, tau: float) -> Tensor:
-    """Columns softmax_j(-|p_i - c_j|² / tau), [k, n], of points in columns [d, n]; the term |p_i|² cancels."""
-    squares = centroids.square().sum(1, keepdim=True)
-    logits = torch.addmm(squares * (-1 / tau), centroids * (2 / tau), points)
-    return torch.softmax(logits, dim=0).clamp_(min=SMALLEST)
-
-
-def chunks(k: int, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Slices of tensors with as many columns, narrow enough for k rows of attention."""
-    yield from zip(*(t.split(max(1, CHUNK // k), dim=1) for t in columns), strict=True)
-
-
-def update(points: Tensor, mass: Tensor | None, centroids: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """One step: the new centroids [k, d] and the attention they drew, [k]. A centroid that draws none stays.
-
-    `points` [d, n]; `mass` [1, n]: how many points each stands for, None for one.
-    """
+def update(seen: Attention, centroids: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """One step: the new centroids [k, d] and the attention they drew, [k]. A centroid that draws none stays."""
     k, d = centroids.shape
     total = centroids.new_zeros(k, d + 1)
-    with_one = torch.cat([points, torch.ones_like(points[:1])])
-    for p, one in chunks(k, points, with_one if mass is None else with_one * mass):
-        total += attention(p, centroids, tau) @ one.T
+    for part, _ in seen.parts(centroids, tau):
+        total.addmm_(part.raw, part.points.mul_(part.weight).T)
     drawn = total[:, d]
-    floor = 1e-18  # far above what the clamp of the attention adds up to
-    return torch.where(drawn[:, None] > floor, total[:, :d] / drawn.clamp(min=floor)[:, None], centroids), drawn
+    return torch.where(drawn[:, None] > NOTHING, total[:, :d] / drawn.clamp(min=NOTHING)[:, None], centroids), drawn
 
 
 def fixed_point(
@@ -64,17 +48,17 @@ def fixed_point(
     return centroids, max_iter
 
 
-def jacobian(points: Tensor, mass: Tensor | None, centroids: Tensor, tau: float) -> Tensor:
+def jacobian(seen: Attention, centroids: Tensor, tau: float) -> Tensor:
     """dF/dC at the fixed point, [k d, k d] in float64 (ALGORITHMS 2.7, with F = C)."""
     k, d = centroids.shape
     cross = centroids.new_zeros(k * d, k * d, dtype=torch.float64)
     moments = centroids.new_zeros(k, 1 + d + d * d, dtype=torch.float64)  # of the points, as each centroid draws them
-    for p, m in chunks(k, points, torch.ones_like(points[:1]) if mass is None else mass):
-        a = attention(p, centroids, tau)
-        powers = torch.cat([torch.ones_like(m), p, (p[:, None] * p).flatten(0, 1)])
+    for part, _ in seen.parts(centroids, tau):
+        a, p, mass = part.raw.mul_(part.norm), part.points[:d], part.weight / part.norm
+        powers = torch.cat([torch.ones_like(p[:1]), p, (p[:, None] * p).flatten(0, 1)])
         offset = (p - centroids[:, :, None]).mul_(a[:, None]).flatten(0, 1)  # a_ij (p_i - c_j), [k d, n]
-        cross += (offset if mass is None else offset * m) @ offset.T
-        moments += a @ (powers if mass is None else powers * m).T
+        moments += a @ (powers * mass).T
+        cross += (offset * mass) @ offset.T
     drawn, first, c = moments[:, 0], moments[:, 1 : 1 + d], centroids.double()
     second = moments[:, 1 + d :].view(k, d, d)
     outer = first[:, :, None] * c[:, None, :]
@@ -103,62 +87,70 @@ def pulled_back(dfdc: Tensor, g: Tensor, steps: int | None) -> Tensor:
 
 
 class SoftCluster(torch.autograd.Function):
-    """(w [m, d], start [k, d], tau, max_iter, still) to soft weights [m, d], centroids [k, d] and what each drew, [k]."""
+    """Points [b, d, n] (b times n), start [k, d], tau, max_iter, still to soft points, centroids and what each drew, [k]."""
 
     @staticmethod
-    def forward(ctx, w, centroids, tau, max_iter, still):
-        points = w.T.contiguous()
-        centroids, ctx.steps = fixed_point(lambda c: update(points, None, c, tau)[0], centroids, still, max_iter)
-        soft, drawn = torch.empty_like(w), w.new_zeros(len(centroids))
-        for p, out in chunks(len(centroids), points, soft.T):
-            a = attention(p, centroids, tau)
-            torch.mm(a.T, centroids, out=out.T)
-            drawn += a.sum(1)
-        ctx.save_for_backward(w, centroids, drawn)
-        ctx.tau = tau
+    def forward(ctx, points, centroids, tau, max_iter, still):
+        seen = Attention(points)
+        centroids, ctx.steps = fixed_point(lambda c: update(seen, c, tau)[0], centroids, still, max_iter)
+        soft, drawn = torch.empty_like(points), centroids.new_zeros(len(centroids))
+        for part, where in seen.parts(centroids, tau):
+            put((centroids.T @ part.raw).mul_(part.norm), soft[where])
+            drawn.addmv_(part.raw, part.norm)
+        ctx.save_for_backward(points, centroids, drawn, seen.shift, seen.reference)
+        ctx.tau, ctx.length = tau, seen.length
         ctx.mark_non_differentiable(drawn)
         return soft, centroids, drawn
 
     @staticmethod
     def backward(ctx, grad_soft, grad_centroids, _):
-        w, c, drawn = ctx.saved_tensors
-        k, factor, points, grads = len(c), 2 / ctx.tau, w.T.contiguous(), grad_soft.T.contiguous()
-        g, direct = grad_centroids.clone(), torch.empty_like(points)
-        for p, grad, out in chunks(k, points, grads, direct):
-            a = attention(p, c, ctx.tau)
-            b = _centered(a, c @ grad)
-            torch.mm(c.T * factor, b, out=out)
-            g.addmm_(a, grad.T).addmm_(b, p.T, alpha=factor).sub_(b.sum(1, keepdim=True) * (c * factor))
-        share = 1 / drawn.clamp(min=SMALLEST)[:, None]
+        points, c, drawn, shift, reference = ctx.saved_tensors
+        tau, factor, share = ctx.tau, 2 / ctx.tau, 1 / drawn.clamp(min=NOTHING)[:, None]
+        seen = Attention(points)
+        seen.shift, seen.reference, seen.length = shift, reference, ctx.length
+        g, pulled = grad_centroids.clone(), c.new_zeros(len(c), c.shape[1] + 1)
+        for part, _ in seen.parts(c, tau, grad_soft):
+            (grad,) = part.others
+            pulled.addmm_(part.centred(c, grad), part.points.mul_(part.norm).T)
+            g.addmm_(part.raw, grad.mul_(part.norm).T)
+        g += _about(pulled, c) * factor
         if ctx.steps is not None and ctx.steps <= FEW:
             term = u = g
             for _ in range(ctx.steps - 1):
-                term = _one_step_back(points, c, term * share, ctx.tau)
+                term = _one_step_back(seen, c, term * share, tau)
                 u = u + term
         else:
-            u = pulled_back(jacobian(points, None, c, ctx.tau), g, ctx.steps)
+            u = pulled_back(jacobian(seen, c, tau), g, ctx.steps)
         u = u * share
-        for p, out in chunks(k, points, direct):
-            a = attention(p, c, ctx.tau)
-            out.addmm_(u.T, a)
-            out.addmm_(c.T, _centered(a, _heights(p, c, u)), alpha=factor)
-        return direct.T, None, None, None, None
+        result, left, down = (
+            torch.empty_like(points),
+            torch.cat([c, _heights(u, c)], 1),
+            torch.cat([u, c * factor], 1).T,
+        )
+        for part, where in seen.parts(c, tau, grad_soft):
+            (grad,) = part.others
+            right = torch.cat([grad, part.points])
+            out = down[: len(grad)] @ part.raw
+            out.addmm_(down[len(grad) :], part.centred(left, right)).mul_(part.norm)
+            put(out, result[where])
+        return result, None, None, None, None
 
 
-def _one_step_back(points: Tensor, c: Tensor, u: Tensor, tau: float) -> Tensor:
+def _one_step_back(seen: Attention, c: Tensor, u: Tensor, tau: float) -> Tensor:
     """(dF/dC)^T times u (already divided by what each centroid drew), [k, d], without dF/dC."""
-    result = torch.zeros_like(c)
-    for (p,) in chunks(len(c), points):
-        b = _centered(attention(p, c, tau), _heights(p, c, u))
-        result.addmm_(b, p.T).sub_(b.sum(1, keepdim=True) * c)
-    return result * (2 / tau)
+    result = c.new_zeros(len(c), c.shape[1] + 1)
+    left = _heights(u, c)
+    for part, _ in seen.parts(c, tau):
+        b = part.centred(left, part.points)
+        result.addmm_(b, part.points.mul_(part.norm).T)
+    return _about(result, c) * (2 / tau)
 
 
-def _heights(p: Tensor, c: Tensor, u: Tensor) -> Tensor:
-    """u_j (p_i - c_j), [k, n]."""
-    return torch.addmm(-(u * c).sum(1, keepdim=True), u, p)
+def _heights(u: Tensor, c: Tensor) -> Tensor:
+    """u_j (p_i - c_j) as a function of the point p_i and one, [k, d + 1]."""
+    return torch.cat([u, -(u * c).sum(1, keepdim=True)], 1)
 
 
-def _centered(a: Tensor, v: Tensor) -> Tensor:
-    """a * (v - sum_j a v): what the softmax's gradient does to `v`; overwrites it."""
-    return v.sub_((a * v).sum(0)).mul_(a)
+def _about(sums: Tensor, c: Tensor) -> Tensor:
+    """Sums of b_ji (p_i - c_j) from those of b_ji p_i and b_ji, [k, d + 1]."""
+    return sums[:, :-1] - sums[:, -1:] * c

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_r2.encoders.soft_cluster import attention, chunks, fixed_point, jacobian, pulled_back, update
+from hf_r2.encoders.attention import CHUNK as TOGETHER
+from hf_r2.encoders.attention import Attention, attention
+from hf_r2.encoders.soft_cluster import fixed_point, jacobian, pulled_back, update
 
 CHUNK = 1 << 16  # weights at once: they stay in cache
 FEWEST, MOST = 1 << 12, 1 << 18  # bins
@@ -55,6 +57,11 @@ def _pieces(w: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     yield from zip(*(t.split(CHUNK) for t in (w, *others)), strict=True)
 
 
+def _columns(k: int, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Slices of tensors [1, n] for k rows of attention."""
+    yield from zip(*(t.split(max(1, TOGETHER // k), dim=1) for t in rows), strict=True)
+
+
 def histogram(w: Tensor, nodes: Nodes) -> tuple[Tensor, Tensor]:
     """Weights in each bin and their mean, [bins] each; an empty bin has its middle."""
     count = torch.zeros(nodes.bins, dtype=torch.int64, device=w.device)
@@ -90,9 +97,9 @@ class SoftScalars(torch.autograd.Function):
         flat = w[:, 0]
         mass, means = histogram(flat, nodes)
         held = mass > 0
-        points, counts = means[held][None], mass[held][None]
-        centroids, ctx.steps = fixed_point(lambda c: update(points, counts, c, tau)[0], centroids, still, max_iter)
-        drawn = update(points, counts, centroids, tau)[1]
+        seen = Attention(means[held][None, None], mass[held])
+        centroids, ctx.steps = fixed_point(lambda c: update(seen, c, tau)[0], centroids, still, max_iter)
+        drawn = update(seen, centroids, tau)[1]
         table, soft = _soft_table(nodes.positions(w), centroids, tau), torch.empty_like(w)
         for part, out in _pieces(flat, soft[:, 0]):
             out.copy_(interpolated(table, *nodes.places(part)))
@@ -109,12 +116,13 @@ class SoftScalars(torch.autograd.Function):
         for part, grad in _pieces(flat, grads):
             pulled += torch.bincount(nodes.places(part)[0], weights=grad, minlength=nodes.bins)
         held = mass > 0
-        points, counts = means[held][None], mass[held][None]
+        points = means[held][None]
         g = grad_centroids.clone()
-        for x, pull in chunks(len(c), points, pulled[held].to(w.dtype)[None]):
+        for x, pull in _columns(len(c), points, pulled[held].to(w.dtype)[None]):
             g.addmm_(pulls(x, c, tau)[2], pull.T)
-        u = pulled_back(jacobian(points, counts, c, tau), g, ctx.steps) / drawn.clamp(min=1e-30)[:, None]
-        parts = [pulls(x, c, tau) for (x,) in chunks(len(c), nodes.positions(w))]
+        seen = Attention(points[None], mass[held])
+        u = pulled_back(jacobian(seen, c, tau), g, ctx.steps) / drawn.clamp(min=1e-30)[:, None]
+        parts = [pulls(x, c, tau) for (x,) in _columns(len(c), nodes.positions(w))]
         slope = torch.cat([part[1] for part in parts])
         share = torch.cat([(u.T @ part[2])[0] for part in parts])
         result = torch.empty_like(w)
@@ -125,4 +133,4 @@ class SoftScalars(torch.autograd.Function):
 
 
 def _soft_table(x: Tensor, c: Tensor, tau: float) -> Tensor:
-    return torch.cat([(c.T @ attention(part, c, tau))[0] for (part,) in chunks(len(c), x)])
+    return torch.cat([(c.T @ attention(part, c, tau))[0] for (part,) in _columns(len(c), x)])
