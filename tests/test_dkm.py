@@ -5,9 +5,9 @@ import logging
 import pytest
 import torch
 
+from hf_r2.encoders.attention import attention
 from hf_r2.encoders.dkm import DKM, default_tau, soft_cluster
 from hf_r2.encoders.kmeans import kmeans_scalar, nearest_scalar
-from hf_r2.encoders.attention import attention
 from hf_r2.spec import LayerSpec
 from tests.reference.clustering import optimal_kmeans_error, unrolled
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 16  # elements of attention computed at once: with the buffers beside it, they stay in cache
+CHUNK = 1 << 18  # elements of attention computed at once: with the buffers beside it, they stay in cache
 LOWEST = -100.0  # log2 of the attention is raised to it: denormal numbers are slow and mean nothing
 DRIFT = 8.0  # how far log2 of the largest attention may be from zero before its shift is computed anew
 

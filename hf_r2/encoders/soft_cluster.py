@@ -93,10 +93,11 @@ class SoftCluster(torch.autograd.Function):
     def forward(ctx, points, centroids, tau, max_iter, still):
         seen = Attention(points)
         centroids, ctx.steps = fixed_point(lambda c: update(seen, c, tau)[0], centroids, still, max_iter)
-        soft, drawn = torch.empty_like(points), centroids.new_zeros(len(centroids))
+        soft, total = torch.empty_like(points), centroids.new_zeros(len(centroids), centroids.shape[1] + 1)
         for part, where in seen.parts(centroids, tau):
             put((centroids.T @ part.raw).mul_(part.norm), soft[where])
-            drawn.addmv_(part.raw, part.norm)
+            total.addmm_(part.raw, part.points.mul_(part.norm).T)
+        drawn = total[:, -1].clone()
         ctx.save_for_backward(points, centroids, drawn, seen.shift, seen.reference)
         ctx.tau, ctx.length = tau, seen.length
         ctx.mark_non_differentiable(drawn)
