@@ -140,7 +140,7 @@ def test_kmeans_of_a_gaussian_is_lloyd_max():
 @pytest.mark.parametrize(("k", "error"), [(2, 0.36338), (4, 0.117482), (8, 0.0345478), (16, 0.00950101)])
 def test_kmeans_of_very_many_values_is_lloyd_max(k, error):
     """Errors of ALGORITHMS 2.2, with values far from zero and in no order."""
-    normal = torch.distributions.Normal(0, 1).icdf((torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000)
+    normal = torch.distributions.Normal(0, 1).icdf((torch.arange(2_000_000, dtype=torch.float64) + 0.5) / 2_000_000)
     w = (normal[torch.randperm(len(normal))] * 0.5 + 3).float()
     centroids = kmeans_scalar(w, k)
     found = (w - centroids[nearest_scalar(w, centroids).long()]).double().square().mean().item()

@@ -62,7 +62,9 @@ class Attention:
 
     def __init__(self, points: Tensor, mass: Tensor | None = None):
         self.points, self.mass = points, mass
-        self.shift, self.reference, self.length = None, None, 0.0
+        self.shift = points.new_empty(0)
+        self.reference: Tensor | None = None
+        self.length = 0.0  # of the longest point, at most
 
     def parts(self, centroids: Tensor, tau: float, *others: Tensor) -> Iterator[tuple[Part, tuple[slice, ...]]]:
         """The chunks, and where they lie in `points` and in `others`, tensors of the same shape."""
@@ -100,11 +102,11 @@ class Attention:
 
     def _known(self, centroids: Tensor, tau: float) -> bool:
         """Whether `shift` is close to what it would be at these centroids; else it is to be computed at them."""
-        if self.shift is None:
+        if self.reference is None:
             self.shift = self.points.new_empty(self.points.shape[0], self.points.shape[2])
             low, high = self.points.aminmax()
             self.length = max(-float(low), float(high)) * math.sqrt(self.points.shape[1])
-        elif self.reference is not None:
+        else:
             (slope, level), (slope_, level_) = _line(centroids, tau), _line(self.reference, tau)
             drift = (slope - slope_).norm(dim=1) * self.length + (level - level_).abs()
             if bool(drift.max() <= DRIFT):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 FEW = 1024  # distinct scalars among which every cut is tried
 GROUPS = 512  # runs of sorted scalars that the dynamic program cuts between, where there are more
-ROUNDS = 3  # of cutting finer around the best cuts
+ROUNDS = 2  # of cutting finer around the best cuts
 SAMPLE = 1 << 16  # vectors that k-means runs on, where there are more
 CHUNK = 1 << 16  # distances at once
 
