@@ -7,14 +7,16 @@ import torch
 from torch import nn
 
 from hf_r2 import R2QuantConfig, convert, prepare, quantize, soft_min_max
-from hf_r2.encoders.dkm import DKM, revived, variance
+from hf_r2.encoders.attention import Attention, attention
+from hf_r2.encoders.dkm import DKM, revived, soft_cluster, variance
 from hf_r2.encoders.kmeans import kmeans_scalar, kmeans_vectors, nearest_scalar, nearest_vector
 from hf_r2.encoders.soft_cluster import SoftCluster
 from hf_r2.encoders.soft_scalars import Nodes, SoftScalars
 from hf_r2.report import report
 from hf_r2.spec import LayerSpec
-from hf_r2.vectors import from_vectors, to_vectors
+from hf_r2.vectors import from_columns, from_vectors, to_columns, to_vectors
 from tests.models import auto_class, float_model, logits
+from tests.reference.clustering import unrolled
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (7, 3), (5, 2, 3, 3), (4,), (3, 1, 3, 3), (0, 4)])
@@ -25,6 +27,52 @@ def test_vectors_come_back(shape, dim):
     assert vectors.shape == (w.numel() // dim, dim)
     assert rest.numel() == w.numel() % dim
     assert torch.equal(from_vectors(vectors, rest, shape), w)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (7, 3), (8, 2, 3, 3), (5, 2, 3, 3), (4,), (0, 4)])
+@pytest.mark.parametrize("dim", [2, 3, 4])
+def test_columns_hold_the_same_vectors_without_a_copy(shape, dim):
+    w = torch.randn(shape)
+    vectors, columns = to_vectors(w, dim)[0], to_columns(w, dim)[0]
+    assert columns.shape[1] == dim
+    assert sorted(columns.transpose(1, 2).reshape(-1, dim).tolist()) == sorted(vectors.tolist())
+    assert torch.equal(from_columns(columns, to_columns(w, dim)[1], shape), w)
+    if len(shape) > 1 and shape[0] and shape[0] % dim == 0:
+        assert columns.data_ptr() == w.data_ptr()
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 1 << 18])
+def test_chunks_and_layout_do_not_matter(chunk, monkeypatch):
+    monkeypatch.setattr("hf_r2.encoders.attention.CHUNK", chunk)
+    w, pull = torch.randn(6, 2, 9, dtype=torch.float64), torch.randn(6, 2, 9, dtype=torch.float64)
+    flat = w.transpose(1, 2).reshape(-1, 2)
+    _, start = soft_cluster(flat, flat[:4], 0.3, 3000, 0.0)
+    results = []
+    for x, direction in ((w, pull), (flat.T[None], pull.transpose(1, 2).reshape(-1, 2).T[None])):
+        leaf = x.clone().requires_grad_()
+        soft, c, drawn = SoftCluster.apply(leaf, start, 0.3, 3, 0.0)
+        (grad,) = torch.autograd.grad((soft * direction).sum() + c.square().sum(), leaf)
+        results.append(
+            [t.detach().transpose(1, 2).reshape(-1, 2) for t in (soft, grad)] + [c.detach(), drawn[:, None]]
+        )
+    leaf = flat.clone().requires_grad_()
+    soft, c = unrolled(leaf, start, 0.3, 3)
+    ((soft * pull.transpose(1, 2).reshape(-1, 2)).sum() + c.square().sum()).backward()
+    for expected in ((soft.detach(), leaf.grad, c.detach(), results[1][3]), results[1]):
+        for value, other in zip(results[0], expected, strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("move", [0.0, 1e-3, 30.0])
+@pytest.mark.parametrize("tau", [1e-3, 1.0])
+def test_attention_is_right_however_far_centroids_moved(move, tau):
+    """Its shift is taken over from the use before only where they moved little."""
+    points, c = torch.randn(3, 2, 50, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    seen = Attention(points)
+    for at in (c, c + move * torch.randn(5, 2, dtype=torch.float64)):
+        expected = attention(points.transpose(0, 1).reshape(2, -1), at, tau)
+        found = torch.cat([part.raw * part.norm for part, _ in seen.parts(at, tau)], 1)
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-25)
 
 
 def test_vectors_run_along_the_first_axis():
