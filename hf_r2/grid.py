@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 MIN_BITS, MAX_BITS = 1, 8
+CHUNK = 1 << 17  # weights quantized at once, in cache
 
 
 def check_bits(bits: object, what: str = "bits") -> None:
@@ -90,13 +91,28 @@ def scale_and_zero_point(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor,
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
     """Codes of `x`, uint8, in its shape: nearest level (ties to even), clamped to the grid."""
-    divisor = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return (x / divisor + zero_point).round().clamp(grid.qmin, grid.qmax).to(torch.uint8)
+    divisor, x = torch.where(scale > 0, scale, torch.ones_like(scale)).detach(), x.detach()
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    zero_point = zero_point.detach().to(divisor.dtype)
+    if x.dim() == 0 or x.numel() <= CHUNK:
+        return codes.copy_((x / divisor).add_(zero_point).round_().clamp_(grid.qmin, grid.qmax))
+    # slice by slice, each in cache from the division to the code; torch turns floats into bytes fastest by way of int32
+    step = max(1, CHUNK * len(x) // x.numel())
+    levels = torch.empty(x[:step].shape, dtype=torch.result_type(x, divisor), device=x.device)
+    numbers = torch.empty(levels.shape, dtype=torch.int32, device=x.device)
+    for start in range(0, len(x), step):
+        rows = slice(start, start + step)
+        by, zero = (t[rows] if t.dim() == x.dim() and len(t) > 1 else t for t in (divisor, zero_point))
+        part = x[rows]
+        level, number = levels[: len(part)], numbers[: len(part)]
+        torch.div(part, by, out=level).add_(zero).round_().clamp_(grid.qmin, grid.qmax)
+        codes[rows] = number.copy_(level)
+    return codes
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """The values that the codes stand for, in the dtype of `scale`."""
-    return (codes.to(scale.dtype) - zero_point.to(scale.dtype)) * scale
+    return codes.to(scale.dtype).sub_(zero_point.to(scale.dtype)).mul_(scale)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:

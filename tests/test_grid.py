@@ -112,3 +112,14 @@ def test_fake_quantize_gradient_is_one_inside_and_zero_outside():
 def test_bits_out_of_range(bits):
     with pytest.raises(ValueError, match="bits must be an integer from 1 to 8"):
         Grid(bits)
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_slices_give_the_codes_of_the_whole(monkeypatch, axis, dtype):
+    x, grid = torch.randn(37, 11, 3).to(dtype), Grid(4, symmetric=False)
+    scale, zero_point = scale_and_zero_point(*observed_range(x, grid, axis), grid)
+    whole = quantize(x, scale, zero_point, grid)
+    assert torch.equal(whole, (x / scale + zero_point).round().clamp(0, 15).to(torch.uint8))
+    monkeypatch.setattr("hf_r2.grid.CHUNK", 100)
+    assert torch.equal(quantize(x, scale, zero_point, grid), whole)

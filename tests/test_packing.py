@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_r2 import packing
 from hf_r2.packing import pack_bits, packed_bytes, unpack_bits
 from tests.reference import packing as slow
 
@@ -33,3 +34,15 @@ def test_codes_that_do_not_fit():
 def test_wrong_number_of_bytes():
     with pytest.raises(ValueError, match="5 codes of 3 bits take 2 bytes, but there are 3"):
         unpack_bits(torch.zeros(3, dtype=torch.uint8), 3, 5)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("more", [0, 1, 63])
+def test_many_chunks_equal_the_slow_reference(monkeypatch, bits, more):
+    monkeypatch.setattr(packing, "CHUNK", 128)
+    codes = torch.randint(2**bits, (3 * 128 + more,), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
+    packed = pack_bits(codes, bits)
+    assert packed.tolist() == slow.pack(codes.tolist(), bits)
+    assert torch.equal(unpack_bits(packed, bits, len(codes)), codes)
+    inner = torch.cat([torch.zeros(1, dtype=torch.uint8), packed])[1:]  # as read from a file: words out of place
+    assert torch.equal(unpack_bits(inner, bits, len(codes)), codes)
