@@ -8,7 +8,7 @@ from hf_r2.ptq import PTQ_METHODS
 from hf_r2.quant_config import R2QuantConfig
 from hf_r2.trainer import R2Seq2SeqTrainer, R2Trainer
 from hf_r2.training_args import R2Seq2SeqTrainingArguments, R2TrainingArguments
-from hf_r2.verbs import convert, prepare, quantize
+from hf_r2.verbs import convert, prepare, quantize, train_adapters_
 
 __version__ = "0.1.0"
 
@@ -30,4 +30,5 @@ __all__ = [
     "prepare",
     "quantize",
     "soft_min_max",
+    "train_adapters_",
 ]

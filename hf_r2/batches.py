@@ -16,8 +16,8 @@ Batches = Iterable[Mapping[str, Any]]
 LABELS = ("labels", "label", "start_positions", "end_positions")
 
 
-def checked(batches: Batches | None, samples: int | None = None) -> list[dict[str, Any]]:
-    """The batches as a list, of at most `samples` samples (the first dimension of their tensors), labels left out.
+def checked(batches: Batches | None, samples: int | None = None, *, labels: bool = False) -> list[dict[str, Any]]:
+    """The batches as a list, of at most `samples` samples (the first dimension of their tensors); without labels unless asked.
 
     Raises ValueError for no batch at all, for a batch that is no mapping, and for NaN or infinity (batch and key named). Fewer
     samples than asked for are enough; the log says so.
@@ -27,7 +27,7 @@ def checked(batches: Batches | None, samples: int | None = None) -> list[dict[st
     for number, batch in enumerate(batches or ()):
         if not isinstance(batch, Mapping):
             raise ValueError(f"batch {number}: batches must be keyword dicts for forward, got {type(batch).__name__}")
-        batch = {k: v for k, v in batch.items() if k not in LABELS}
+        batch = {k: v for k, v in batch.items() if labels or k not in LABELS}
         for key, value in batch.items():
             if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
                 raise ValueError(f"batch {number} holds NaN or infinity in {key!r}")

@@ -18,7 +18,7 @@ from hf_r2.float_passes import build_skeleton_
 from hf_r2.integrity import checksums, verify
 from hf_r2.layers import is_table, is_weight_layer, weight_layers
 from hf_r2.names import relative_name
-from hf_r2.packed_layers import STATE, Layout, build_packed_, packed_layers, unpack_weights_
+from hf_r2.packed_layers import STATE, Layout, adapter_of, build_packed_, packed_layers, unpack_weights_
 from hf_r2.quant_config import R2QuantConfig
 from hf_r2.road import dequantize_, quantize_
 from hf_r2.saving import save_beside
@@ -167,9 +167,15 @@ def _check_loaded(model: nn.Module) -> None:
 
 def _check_shapes(model: nn.Module, shapes: Mapping[str, list[int]]) -> None:
     for name, module in packed_layers(model).items():
-        for key in STATE:
-            tensor = getattr(module, key, None)
+        adapter = adapter_of(module)
+        tensors = {key: getattr(module, key, None) for key in STATE}
+        tensors |= {} if adapter is None else {f"weight_adapter.{key}": t for key, t in adapter.named_buffers()}
+        for key, tensor in tensors.items():
             found = shapes.get(f"{name}.{key}")
+            if found is None and key.startswith("weight_adapter") and f"{name}.weight_packed" in shapes:
+                raise ValueError(
+                    f"the checkpoint lacks {key} of layer {name!r}, which config.json says has an adapter"
+                )
             if tensor is not None and found is not None and list(tensor.shape) != found:
                 raise ValueError(
                     f"layer {name!r}: {key} has shape {found} in the checkpoint, and {list(tensor.shape)} is needed for "
@@ -184,6 +190,8 @@ def _restore_dtypes(model: nn.Module) -> None:
             tensor = getattr(module, key, None)
             if tensor is not None and tensor.dtype != torch.uint8:
                 tensor.data = tensor.data.to(torch.uint8)
+        if (adapter := adapter_of(module)) is not None:
+            adapter.restore_dtypes_()
 
 
 def finish_packed_(model: nn.Module, config: R2QuantConfig) -> None:

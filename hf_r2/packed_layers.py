@@ -2,7 +2,7 @@
 
 Keys: `weight_packed` (uint8 bytes, a frozen parameter, so that transformers can tie it), `weight_scale`,
 `weight_zero_point` (uint8) or `weight_centroids`, and `weight_rest`, what fills no vector of a palette of vectors (buffers: a
-float *parameter* would come back trainable from `from_pretrained`).
+float *parameter* would come back trainable from `from_pretrained`). Below `weight_adapter`: the factors of a low-rank adapter.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_r2.adapter import Adapter
 from hf_r2.dressed import QuantizedInput, dress, undress
 from hf_r2.encoders.base import Encoded
 from hf_r2.grid import Grid
+from hf_r2.lowrank import FLOAT_BITS, SIDES, check_adapter_bits, sides
 from hf_r2.packing import pack_bits, packed_bytes, unpack_bits
 from hf_r2.vectors import CONVENTION
 
@@ -52,6 +54,9 @@ class Layout:
     vectors: str | None = None  # how these are taken from the weight, see `hf_r2.vectors`
     act_bits: int | None = None
     act_range: str = "static"
+    adapter_rank: int = 0  # of the low-rank adapter beside the codes, 0 for none
+    adapter_kernel: str = "right"  # the side of its factors that the weight's kernel is on, see `hf_r2.lowrank`
+    adapter_bits: int = FLOAT_BITS
 
     def __post_init__(self) -> None:
         Grid(self.bits)
@@ -59,6 +64,12 @@ class Layout:
             raise ValueError(f"kind must be 'affine' or 'palette', got {self.kind!r}")
         if self.dim > 1 and self.vectors != CONVENTION:
             raise ValueError(f"vectors of weights are taken {CONVENTION!r} here, got {self.vectors!r}")
+        if self.adapter_kernel not in SIDES or not isinstance(self.adapter_rank, int) or self.adapter_rank < 0:
+            raise ValueError(
+                f"adapter_kernel must be one of {', '.join(SIDES)} and adapter_rank an integer from 0 on, got "
+                f"{self.adapter_kernel!r} and {self.adapter_rank!r}"
+            )
+        check_adapter_bits(self.adapter_bits)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that differ from their defaults, and `bits` and `kind`."""
@@ -75,9 +86,13 @@ class PackedWeight(QuantizedInput):
 
     @property
     def weight(self) -> Tensor:
-        """The decoded weight, in the dtype of the model."""
-        decoded = self.__dict__["_buffers"].get("weight_decoded")
-        return decoded if decoded is not None else encoded(self).decode().to(self.__dict__["weight_dtype"])  # type: ignore[arg-type]
+        """The decoded weight with its adapter, in the dtype of the model."""
+        decoded: Tensor | None = self.__dict__["_buffers"].get("weight_decoded")
+        adapter, dtype = adapter_of(self), self.__dict__["weight_dtype"]  # type: ignore[arg-type]
+        if adapter is None or not adapter.trained:
+            return decoded if decoded is not None else encoded(self).decode().to(dtype)  # type: ignore[arg-type]
+        decoded = encoded(self).decode_codes() if decoded is None else decoded  # type: ignore[arg-type]
+        return (decoded + adapter.weight(decoded.shape)).to(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves between devices as ever; a cast changes the dtype computed with, never the stored scales."""
@@ -108,16 +123,22 @@ def layout_of(encoded: Encoded, channel_axis: int, module: nn.Module) -> Layout:
     act_bits = quantizer.grid.bits if quantizer is not None else None  # type: ignore[union-attr]
     act_range = "dynamic" if quantizer is not None and quantizer.dynamic else "static"
     axis = channel_axis if encoded.scale is not None and encoded.scale.numel() > 1 else None
+    beside: dict[str, Any] = {"act_bits": act_bits, "act_range": act_range}
+    if encoded.adapter is not None:
+        low = encoded.adapter
+        beside |= {"adapter_rank": low.rank, "adapter_kernel": low.kernel, "adapter_bits": low.bits}
     if encoded.centroids is not None:
         scaled, dim = encoded.scale is not None, encoded.dim
         vectors = CONVENTION if dim > 1 else None
-        return Layout(encoded.bits, "palette", axis, True, scaled, dim, vectors, act_bits, act_range)  # type: ignore[arg-type]
-    return Layout(encoded.bits, "affine", axis, encoded.symmetric, act_bits=act_bits, act_range=act_range)  # type: ignore[arg-type]
+        return Layout(encoded.bits, "palette", axis, True, scaled, dim, vectors, **beside)
+    return Layout(encoded.bits, "affine", axis, encoded.symmetric, **beside)
 
 
 def pack_layer_(module: nn.Module, encoded: Encoded, layout: Layout, packed: nn.Parameter | None = None) -> None:
     """Replaces the float weight of a layer by its packed form, in place; tied layers pass the `packed` they share."""
     dtype = module._parameters["weight"].dtype  # type: ignore[union-attr]
+    if encoded.adapter is not None:
+        module.add_module("weight_adapter", Adapter.of(encoded.adapter))
     if packed is None:
         packed = nn.Parameter(pack_bits(encoded.codes, encoded.bits), requires_grad=False)
     zero_point = None if encoded.symmetric or encoded.zero_point is None else encoded.zero_point.to(torch.uint8)
@@ -142,6 +163,9 @@ def build_packed_(module: nn.Module, layout: Layout, dtype: torch.dtype) -> None
             rest = torch.empty(weight.numel() % layout.dim, device=device)
     elif not layout.symmetric:
         zero_point = torch.empty_like(scale, dtype=torch.uint8)  # type: ignore[arg-type]
+    if layout.adapter_rank:
+        form = (layout.adapter_rank, layout.adapter_kernel, layout.adapter_bits)
+        module.add_module("weight_adapter", Adapter(*sides(shape, layout.adapter_kernel), *form, device))
     _install(module, layout, shape, dtype, (packed, scale, zero_point, centroids, rest))
 
 
@@ -164,8 +188,19 @@ def _install(
     dress(module, PackedWeight)
 
 
+def adapter_of(module: nn.Module) -> Adapter | None:
+    """The low-rank adapter of a packed layer, None without one."""
+    found = module.__dict__["_modules"].get("weight_adapter")
+    return found if isinstance(found, Adapter) else None
+
+
 def encoded(module: nn.Module) -> Encoded:
     """The `Encoded` of a packed layer, unpacked."""
+    adapter, codes = adapter_of(module), _encoded_codes(module)
+    return codes if adapter is None else replace(codes, adapter=adapter.stored())
+
+
+def _encoded_codes(module: nn.Module) -> Encoded:
     layout: Layout = module.__dict__["weight_layout"]
     shape: torch.Size = module.__dict__["weight_shape"]
     packed: Tensor = module.weight_packed  # type: ignore[assignment]
@@ -187,17 +222,21 @@ def encoded(module: nn.Module) -> Encoded:
 def unpack_weights_(model: nn.Module, unpack: bool | None = None) -> None:
     """Decodes every packed weight into memory (`unpack`, the default outside `packed_in_memory`), or drops those copies.
 
-    Tied layers share the decoded tensor, as they share the packed one.
+    Tied layers share the decoded tensor, as they share the packed one. Adapters are decoded with the weights, but for those
+    that are trained: they are added, in float32, in every forward pass.
     """
     unpack = _unpack_at_load.get() if unpack is None else unpack
     shared: dict[tuple[int, torch.dtype], Tensor] = {}
     for module in packed_layers(model).values():
         module._buffers["weight_decoded"] = None
         if unpack:
-            dtype = module.__dict__["weight_dtype"]
+            adapter = adapter_of(module)
+            trained = adapter is not None and adapter.trained
+            dtype = torch.float32 if trained else module.__dict__["weight_dtype"]
             key = (id(module.weight_packed), dtype)
             if key not in shared:
-                shared[key] = encoded(module).decode().to(dtype)
+                value = encoded(module).decode_codes() if trained else encoded(module).decode()
+                shared[key] = value.to(dtype)
             module._buffers["weight_decoded"] = shared[key]
 
 
@@ -206,6 +245,7 @@ def dequantize_layer_(module: nn.Module, weight: nn.Parameter) -> None:
     """Gives a packed layer a float parameter instead of its packed form, in place."""
     undress(module)
     module._modules.pop("input_quantizer", None)
+    module._modules.pop("weight_adapter", None)
     for name in (*STATE, "weight_decoded"):
         module._buffers.pop(name, None)
         module._parameters.pop(name, None)

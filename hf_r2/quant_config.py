@@ -147,7 +147,8 @@ class R2QuantConfig(QuantizationConfigMixin):
 def check_options(spec: LayerSpec) -> None:
     """Raises TypeError for an option that the method does not have, ValueError for a value that it refuses."""
     in_encoder = spec.method in ENCODERS
-    function = ENCODERS[spec.method].options if in_encoder else PTQ_METHODS[spec.method].run
+    holder = ENCODERS[spec.method].options if in_encoder else PTQ_METHODS[spec.method].options
+    function = PTQ_METHODS[spec.method].run if holder is None else holder
     parameters = inspect.signature(function).parameters.values()
     known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
     known += [] if in_encoder else SHARED
@@ -156,7 +157,7 @@ def check_options(spec: LayerSpec) -> None:
         raise TypeError(
             f"method {spec.method!r} has no option {', '.join(unknown)}; its options are: {', '.join(known) or 'none'}"
         )
-    if in_encoder:
-        function(**spec.options)
-    else:
-        FloatPasses(**{k: v for k, v in spec.options.items() if k in SHARED})
+    shared = {} if in_encoder else {k: v for k, v in spec.options.items() if k in SHARED}
+    FloatPasses(**shared)
+    if holder is not None:
+        holder(**{k: v for k, v in spec.options.items() if k not in shared})

@@ -12,13 +12,13 @@ from hf_r2.packed_layers import encoded, packed_layers
 
 
 def report(model: nn.Module) -> dict[str, Any]:
-    """Sizes of a packed model, scales, zero points and palettes counted; weights shared by tied layers counted once.
+    """Sizes of a packed model, scales, zero points, palettes and adapters counted; weights shared by tied layers counted once.
 
     Keys: `bits_per_weight` (effective, over all packed weights), `bits_per_weight_all` (weights left in float counted
     with their own width), `size_bytes` (all tensors of the checkpoint), `float16_bytes`, `compression` (against float16),
     `first_layer`, `last_layer` (name and bits, 16 or 32 if left in float), `policy`, `notes` (what folding and equalization
     did, what became of ReLU6, which pairs were left alone), `layers` (list of name, kind, shape,
-    bits, dim (weights for each code), bits_per_weight).
+    bits, dim (weights for each code), rank (of the adapter, 0 without one), bits_per_weight).
 
     Raises ValueError for a model that is not packed.
     """
@@ -34,7 +34,12 @@ def report(model: nn.Module) -> dict[str, Any]:
         count, bits = math.prod(e.weight_shape), e.stored_bits()
         kind = "palette" if e.centroids is not None else "affine"
         rows.append({"name": name, "kind": kind, "shape": list(e.weight_shape), "bits": e.bits, "numel": count})
-        rows[-1] |= {"dim": e.dim, "stored_bits": bits, "bits_per_weight": bits / max(count, 1)}
+        rows[-1] |= {
+            "dim": e.dim,
+            "rank": 0 if e.adapter is None else e.adapter.rank,
+            "stored_bits": bits,
+            "bits_per_weight": bits / max(count, 1),
+        }
     kept = [
         (layer.weight.numel(), layer.weight.numel() * layer.weight.element_size() * 8)
         for layer in weight_layers(model)

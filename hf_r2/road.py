@@ -65,7 +65,7 @@ def quantize_(model: nn.Module, config: R2QuantConfig, batches: Batches | None) 
         return pack_(model)
     method = PTQ_METHODS[config.method]
     passes, options = config.split_options()
-    data = None if batches is None else checked(batches, options.get("samples", SAMPLES))
+    data = None if batches is None else checked(batches, options.get("samples", SAMPLES), labels=method.labels)
     if data is not None:
         check_accepted(model, data)
     if config.granularity == "per_tensor":
@@ -100,7 +100,7 @@ def pack_(model: nn.Module) -> R2QuantConfig:
             "nothing to convert: call prepare(model, config) and train, or quantize(model, config) at once"
         )
     settle_inputs_(model)
-    config = copy.deepcopy(model.__dict__.get("r2_quant_config") or _stored_config(model))
+    config = copy.deepcopy(model.__dict__.get("r2_quant_config") or stored_config(model))
     pairs = tied_pairs(model) if isinstance(model, PreTrainedModel) else {}
     encoded = encoded_weights(model)
     shared: dict[int, nn.Parameter] = {}
@@ -122,7 +122,7 @@ def pack_(model: nn.Module) -> R2QuantConfig:
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Turns a packed model back into a plain float one with the quantized values, in place; ties are kept."""
     pairs = tied_pairs(model) if isinstance(model, PreTrainedModel) else {}
-    skeleton = _stored_config(model).skeleton
+    skeleton = stored_config(model).skeleton
     shared: dict[int, nn.Parameter] = {}
     for module in packed_layers(model).values():
         packed = module._parameters["weight_packed"]
@@ -135,6 +135,9 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         retie(model, pairs)
 
 
-def _stored_config(model: nn.Module) -> R2QuantConfig:
-    stored = getattr(getattr(model, "config", None), "quantization_config", None)
+def stored_config(model: nn.Module) -> R2QuantConfig:
+    """The recipe and the layers of a prepared or packed model; that of a transformers model is the one it saves."""
+    stored = getattr(getattr(model, "config", None), "quantization_config", None) or model.__dict__.get(
+        "r2_quant_config"
+    )
     return stored if isinstance(stored, R2QuantConfig) else R2QuantConfig(**(stored or {}))

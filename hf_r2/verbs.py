@@ -1,8 +1,9 @@
-"""prepare, quantize, convert: what a user calls on a model."""
+"""prepare, quantize, convert, train_adapters_: what a user calls on a model."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import TypeVar
 
 from torch import nn
@@ -10,9 +11,11 @@ from torch import nn
 from hf_r2.batches import Batches
 from hf_r2.checkpoint import finish_packed_
 from hf_r2.encoders import ENCODERS
-from hf_r2.packed_layers import is_packed
+from hf_r2.lowrank import FLOAT_BITS
+from hf_r2.names import relative_name
+from hf_r2.packed_layers import adapter_of, is_packed, packed_layers, unpack_weights_
 from hf_r2.quant_config import R2QuantConfig
-from hf_r2.road import pack_, prepare_, quantize_
+from hf_r2.road import pack_, prepare_, quantize_, stored_config
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -59,3 +62,27 @@ def convert(model: M) -> M:
     """
     finish_packed_(model, pack_(model))
     return model
+
+
+def train_adapters_(model: nn.Module) -> None:
+    """Freezes a packed `model` but for its low-rank adapters, which become trainable, in place; train it with any Trainer.
+
+    From then on adapters are stored as float16, also those that were quantized to fewer bits. What else is to be trained
+    (a fresh head) is unfrozen by `requires_grad_(True)` afterwards.
+
+    Raises ValueError for a model without an adapter.
+    """
+    adapters = {n: a for n, m in packed_layers(model).items() if (a := adapter_of(m)) is not None}
+    if not adapters:
+        raise ValueError("the model has no low-rank adapter to train: quantize it with method='cora'")
+    config = stored_config(model)
+    model.requires_grad_(False)
+    unpacked = False
+    for name, adapter in adapters.items():
+        adapter.train_()
+        module = model.get_submodule(name)
+        unpacked |= module._buffers.get("weight_decoded") is not None
+        layout = replace(module.__dict__["weight_layout"], adapter_bits=FLOAT_BITS)
+        module.__dict__["weight_layout"] = layout
+        config.layers[relative_name(model, name)] = layout.to_dict()
+    unpack_weights_(model, unpacked)

@@ -11,7 +11,7 @@ from hf_r2.packed_layers import encoded, packed_layers
 from hf_r2.report import report
 from tests.models import auto_class, float_model, inputs_for, logits
 
-QUICK = {"adaround": {"iters": 4}, "pdquant": {"iters": 4, "start_iters": 2}}
+QUICK = {"adaround": {"iters": 4}, "cora": {"iters": 3, "budget": 0.2}, "pdquant": {"iters": 4, "start_iters": 2}}
 
 
 def config_for(method, **settings):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_r2.grid import dequantize
+from hf_r2.lowrank import LowRank
 from hf_r2.vectors import from_vectors
 
 
@@ -18,7 +19,7 @@ class Encoded:
     Affine: `scale` and `zero_point`, float32, broadcastable to the weight; `symmetric` says that the zero point follows
     from the width and is not stored. Palette: `centroids` [2**bits, 1], float32, times `scale` where there is one.
     Palette of vectors: `centroids` [2**bits, dim], codes [numel // dim] in the order of `to_vectors`, `shape` that of the
-    weight, `rest` its last numel mod dim elements, float32.
+    weight, `rest` its last numel mod dim elements, float32. `adapter`: what is added to the decoded weight, of low rank.
     """
 
     codes: Tensor
@@ -29,6 +30,7 @@ class Encoded:
     centroids: Tensor | None = None
     rest: Tensor | None = None
     shape: tuple[int, ...] | None = None
+    adapter: LowRank | None = None
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -42,6 +44,11 @@ class Encoded:
 
     def decode(self) -> Tensor:
         """The weight, float32, in its shape: what the model computes with."""
+        value = self.decode_codes()
+        return value if self.adapter is None else value + self.adapter.weight(self.weight_shape)
+
+    def decode_codes(self) -> Tensor:
+        """The weight without its adapter, float32, in its shape."""
         if self.centroids is not None:
             if self.dim > 1:
                 vectors = self.centroids.index_select(0, self.codes.flatten().int())
@@ -53,8 +60,8 @@ class Encoded:
         return dequantize(self.codes, self.scale, self.zero_point)
 
     def stored_bits(self) -> int:
-        """Bits that go into the file: codes, and scales, zero points and palettes with them."""
-        bits = self.codes.numel() * self.bits
+        """Bits that go into the file: codes, and scales, zero points, palettes and adapters with them."""
+        bits = self.codes.numel() * self.bits + (0 if self.adapter is None else self.adapter.stored_bits())
         if self.centroids is not None:
             bits += 32 * (self.centroids.numel() + (0 if self.rest is None else self.rest.numel()))
         if self.scale is not None:
