@@ -1,4 +1,4 @@
-"""The three plots of a run: a layer's weights before and after, ranges per layer, score against bits per weight."""
+"""The plots of a run: weights before and after, ranges per layer, score against bits per weight, ranks of adapters."""
 
 from __future__ import annotations
 
@@ -124,6 +124,60 @@ def plot_accuracy(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[str
     axes.set(xlabel="bits per weight, scales and palettes counted", ylabel=f"{metric}{unit}")
     axes.set_title(f"{metric.capitalize()} against bits per weight")
     _bit_ticks(axes, [x for label, points in lines.items() if not is_float[label] for x, _ in points])
+    axes.grid(alpha=0.3)
+    _legend(figure, axes.get_legend_handles_labels()[0])
+    _save(figure, path)
+
+
+def plot_ranks(traces: Mapping[str, Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """The rank of each layer's low-rank adapter, one line for each run, to a PNG.
+
+    `traces` holds what `cora` writes to its `trace_file`, by the run's label. Layers are in the order of the model, from 1 on;
+    a layer that a run left without an adapter has rank 0 there.
+
+    Raises ValueError for no run, or runs without any layer.
+    """
+    names = list(dict.fromkeys(layer["name"] for trace in traces.values() for layer in trace["layers"]))
+    if not names:
+        raise ValueError("traces must hold at least one run with at least one layer, got none")
+    figure, axes = _figure(width=8.0)
+    for i, (label, trace) in enumerate(traces.items()):
+        ranks = {layer["name"]: layer["rank"] for layer in trace["layers"]}
+        numbers = sum(layer["rank"] * layer["cost"] for layer in trace["layers"])
+        axes.plot(
+            range(1, len(names) + 1), [ranks.get(name, 0) for name in names], marker=MARKERS[i % len(MARKERS)], markersize=4,
+            color=COLOURS[i % len(COLOURS)], linewidth=1, label=f"{label}, {numbers:,} numbers",
+        )  # fmt: skip
+    axes.set(title="Ranks of the adapters, layer by layer", xlabel="layer", ylabel="rank")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    _legend(figure, axes.get_legend_handles_labels()[0])
+    _save(figure, path)
+
+
+def plot_singular_values(layer: Mapping[str, Any], path: str | os.PathLike[str], order: int = 4) -> None:
+    """The singular values of a layer's residual, what the searched kernel lets pass of them, and the rank, to a PNG.
+
+    `layer` is one of the `layers` in a trace of `cora` (`name`, `singular_values`, `rank`, `cutoff` or None), `order` that of
+    its Butterworth kernel. Values are in the units of the layer's output error (of the weight with `metric="weights"`).
+
+    Raises ValueError for a layer without singular values.
+    """
+    values = list(layer["singular_values"])
+    if not values:
+        raise ValueError(f"layer {layer['name']!r} has no singular values: there is nothing to draw")
+    ranks = list(range(1, len(values) + 1))
+    figure, axes = _figure()
+    axes.plot(ranks, values, color=COLOURS[0], label=f"{len(values)} singular values")
+    if layer["cutoff"] is not None:
+        cutoff = layer["cutoff"]
+        passed = [v / (1 + ((rank - 0.5) / cutoff) ** (2 * order)) for v, rank in zip(values, ranks, strict=True)]
+        axes.fill_between(ranks, passed, color=COLOURS[5], alpha=0.5, label="passed by the kernel while searching")
+        axes.axvline(cutoff, color=COLOURS[1], linestyle="--", label=f"cut-off {cutoff:.1f}")
+    axes.axvline(layer["rank"], color=COLOURS[6], linewidth=1, label=f"rank {layer['rank']}")
+    axes.set(title=f"Residual of {layer['name']}", xlabel="rank", ylabel="singular value")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     _legend(figure, axes.get_legend_handles_labels()[0])
     _save(figure, path)

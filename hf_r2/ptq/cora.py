@@ -47,7 +47,7 @@ class CoRaOptions:
     base: str = "squant"
     base_options: Mapping[str, Any] = field(default_factory=dict)
     budget: float = 0.05
-    adapter_bits: int = 8
+    adapter_bits: int = 4
     ranks: str = "search"
     metric: str = "inputs"
     teacher: str = "logits"
