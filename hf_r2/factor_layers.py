@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +37,8 @@ def factor_layers(layer: nn.Module, left: Tensor, right: Tensor, kernel: str) ->
         return nn.Sequential(
             _with(nn.Linear(columns, rank, bias=False), right), _with(nn.Linear(rank, rows, bias=False), left)
         )
-    build, groups = type(layer), layer.groups
+    build: Callable[..., nn.Module] = type(layer)
+    groups = layer.groups
     spatial = {
         "stride": layer.stride,
         "padding": layer.padding,

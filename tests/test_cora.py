@@ -128,7 +128,7 @@ def test_bases_keep_their_codes_and_come_closer(base):
     assert off[0] < 0.7 * off[1]
 
 
-@pytest.mark.parametrize("budget", [0.03, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("budget", [0.03, 1.0])
 def test_the_budget_is_respected_and_counted(budget):
     model, batches = float_model("mobilenet_v1"), [inputs_for("mobilenet_v1")]
     packed = quantize(model, cora(4, budget=budget, adapter_bits=16), batches)
@@ -208,17 +208,22 @@ def test_deterministic_and_every_option_counts():
 
     def found(**options):
         packed = quantize(model, cora(**{"budget": 0.25, "iters": 8, "batch_size": 16, **options}), batches)
-        return torch.cat([layer.weight.flatten() for layer in packed_layers(packed).values()])
+        return torch.cat([p.flatten() for m in packed_layers(packed).values() for p in (m.weight, m.bias)])
 
     same = found()
     assert torch.equal(same, found())
     for other in (
         {"budget": 0.4},
-        {"adapter_bits": 4},
+        {"adapter_bits": 8},
         {"ranks": "equal"},
         {"base": "nearest"},
         {"iters": 60},
         {"lr": 0.01},
+        {"metric": "weights"},
+        {"order": 1},
+        {"gamma": 1e-6},
+        {"correct_bias": False},
+        {"samples": 16},
     ):
         assert not torch.equal(same, found(**other)), other
 

@@ -42,7 +42,22 @@ METRICS = ("inputs", "weights")
 
 @dataclass(frozen=True, kw_only=True)
 class CoRaOptions:
-    """Options of `cora_`; raises ValueError for a value that it cannot take."""
+    """Options of `cora_`; raises ValueError for a value that it cannot take, TypeError for an unknown option of the base.
+
+    `base`: the method that rounds (nearest, mse, squant, adaround), with `base_options`. `budget`: numbers in all adapters, as
+    a share of the weights of linear and convolution layers, above 0 and at most 1. `adapter_bits`: their width, 2 to 8, or 16 for
+    float16 (the paper's equivalent widths take 8; of equal effective bits, twice the ranks at 4 bits were better here).
+
+    `ranks`: "search" (cut-offs by gradient) or "equal" (the heuristic: each adapter takes the same share of its layer).
+    `metric`: "inputs" decomposes the residual in the metric of what the layer reads, so that the first components are those
+    that the output misses most; "weights" is the paper's plain decomposition, which takes the roundings of squant and adaround
+    for noise. `teacher`: "logits" (KL to the float model's prediction) or "labels" (cross entropy; the batches' `labels`).
+
+    `order` of the Butterworth kernel; `iters` steps of Adam at `lr` on batches of `batch_size`, drawn in turn from `samples`
+    calibration samples; `gamma`: the budget's penalty, in units of the first loss. `correct_bias` (not in the paper): biases
+    make up for the mean error that is left, in place of the base method's correction, which made up for what the adapters
+    now give back. `trace_file`: a JSON file for ranks, cut-offs, singular values, losses and seconds.
+    """
 
     base: str = "squant"
     base_options: Mapping[str, Any] = field(default_factory=dict)
@@ -57,7 +72,7 @@ class CoRaOptions:
     gamma: float = 0.1
     batch_size: int = 16
     correct_bias: bool = True
-    samples: int = 1024
+    samples: int = 512
     seed: int = 0
     progress: bool = True
     trace_file: str | os.PathLike | None = None
@@ -105,7 +120,7 @@ def cora_(model: nn.Module, batches: Iterable[Mapping[str, Any]] | None = None, 
         layers, weights = _adaptable(model)
         biased = prepared_layers(model) if chosen.correct_bias else []
         metrics = {n: (x, cheaper_side(x.weight.shape)) for n, x in layers.items() if chosen.metric == "inputs"}
-        with float_weights(model), input_moments(metrics, len(data)) as moments:
+        with float_weights(model), input_moments(metrics, len(data), centered=chosen.correct_bias) as moments:
             means, outputs = tap_means(model, biased, data)
         clock.lap("teacher")
         residuals = _factorize(layers, moments)
@@ -192,11 +207,11 @@ def _loss_of(
                 raise ValueError(
                     f"teacher='labels' needs a tensor of labels in every batch; batch {number} has {', '.join(batch)}"
                 )
-    targets = [main_logits(output) for output in outputs]
+    targets = [main_logits(output).float() for output in outputs]
 
     def loss(step: int) -> Tensor:
         number = step % len(data)
-        logits = main_logits(run_batch(model, data[number], number))
+        logits = main_logits(run_batch(model, data[number], number)).float()
         if teacher == "labels":
             return F.cross_entropy(logits.flatten(0, -2), data[number]["labels"].to(logits.device).flatten())
         return prediction_difference(logits, targets[number], 1.0)

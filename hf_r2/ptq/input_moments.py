@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -60,23 +60,24 @@ class InputMoments:
 
 @contextmanager
 def input_moments(
-    layers: Mapping[str, tuple[WeightLayer, str]], calls: int, rows: int = 8192
+    layers: Mapping[str, tuple[WeightLayer, str]], calls: int, rows: int = 8192, centered: bool = True
 ) -> Iterator[dict[str, InputMoments]]:
     """Inside, what the layers (with the side of their kernel) read in `calls` passes is added up.
 
-    Layers that do not unfold (`unfolds`), and those whose inputs are along the first axis, are left out.
+    `centered`: about the mean, for layers with a bias that is to make up for the mean error. Layers that do not unfold (`unfolds`), and those whose inputs are along the first axis, are left out.
     """
     found = {
-        name: InputMoments(layer.module, kernel, rows, layer.module._parameters.get("bias") is not None)
+        name: InputMoments(layer.module, kernel, rows, centered and layer.module._parameters.get("bias") is not None)
         for name, (layer, kernel) in layers.items()
         if unfolds(layer.module) and layer.channel_axis == 0
     }
-    handles = [
-        layers[name][0].module.register_forward_pre_hook(lambda _, args, m=m: m.add(args[0].detach(), 1 / calls))
-        for name, m in found.items()
-    ]
+    handles = [layers[name][0].module.register_forward_pre_hook(_adder(m, 1 / calls)) for name, m in found.items()]
     try:
         yield found
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _adder(moments: InputMoments, share: float) -> Callable[..., None]:
+    return lambda _, arguments: moments.add(arguments[0].detach(), share)

@@ -56,7 +56,7 @@ def search_cutoffs(
     first loss, so that it neither drowns the loss nor drowns in it. Logarithms: cut-offs of a few ranks of a thousand are
     reached, and left, as fast as any other. The learning rate falls to nothing over a quarter wave.
     """
-    cutoffs = [f.log_cutoff for f in filters]
+    cutoffs: list[Tensor] = [f.log_cutoff for f in filters]
     costs = torch.tensor([r.cost / numbers for r in residuals], device=cutoffs[0].device)
     highest = torch.tensor([math.log(r.full_rank) for r in residuals], device=cutoffs[0].device)
     optimizer = torch.optim.Adam(cutoffs, lr=settings.lr, betas=(0.9, 0.99))
@@ -67,6 +67,8 @@ def search_cutoffs(
         optimizer.zero_grad()
         loss = loss_of(step)
         losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            raise ValueError(f"cora: the loss is {losses[-1]} at step {step}: the rounded model's output overflows")
         used = (torch.stack(cutoffs).exp() * costs).sum()
         (loss + over_budget(used, settings.gamma * max(losses[0], 1e-12) / STEEPNESS)).backward()
         optimizer.step()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[reportPrivateImportUsage]
 
 from hf_r2.lowrank import cheaper_side, unfold
 
@@ -72,7 +73,7 @@ def factorize(name: str, residual: Tensor, root: Tensor | None = None) -> Residu
         matrix = matrix @ root
     try:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError as error:
+    except LinAlgError as error:
         logger.warning("cora: the SVD of layer %s did not converge (%s); by eigenvectors instead", name, error)
         left, values, right = _by_eigenvectors(name, matrix)
     rank = (
@@ -89,7 +90,7 @@ def _by_eigenvectors(name: str, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]
     exact = matrix.double() if wide else matrix.double().T
     try:
         squares, vectors = torch.linalg.eigh(exact @ exact.T)
-    except torch.linalg.LinAlgError as error:
+    except LinAlgError as error:
         raise ValueError(
             f"the residual of layer {name!r} cannot be factorized: {error}; leave it out with skip"
         ) from error

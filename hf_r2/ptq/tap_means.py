@@ -53,9 +53,10 @@ def _at_weights(layer: WeightLayer, sums: Mapping[torch.Size, tuple[Tensor, int]
     """The gradient of the mean outputs by the weight: they are linear in it."""
     weight = layer.weight.detach().float().requires_grad_()
     bare, every = layer.module, sum(count for _, count in sums.values())
+    bias = torch.zeros_like(layer.module._parameters["bias"], dtype=torch.float32)  # type: ignore[arg-type]
     total = torch.zeros((), device=weight.device)
     for mean, count in ((s / c, c) for s, c in sums.values()):
-        out = torch.func.functional_call(bare, {"weight": weight}, (mean[None],))
+        out = torch.func.functional_call(bare, {"weight": weight, "bias": bias}, (mean[None],))
         axes = [d for d in range(out.dim()) if d != (out.dim() - 1 if isinstance(bare, nn.Linear) else 1)]
         total = total + out.mean(axes).sum() * (count / every)
     return torch.autograd.grad(total, weight)[0]
