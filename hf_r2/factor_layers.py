@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ def factor_layers(layer: nn.Module, left: Tensor, right: Tensor, kernel: str) ->
         return nn.Sequential(
             _with(nn.Linear(columns, rank, bias=False), right), _with(nn.Linear(rank, rows, bias=False), left)
         )
-    build: Callable[..., nn.Module] = type(layer)
+    build: Any = type(layer)  # the three classes differ in how they write a size
     groups = layer.groups
     spatial = {
         "stride": layer.stride,

@@ -45,8 +45,8 @@ class CoRaOptions:
     """Options of `cora_`; raises ValueError for a value that it cannot take, TypeError for an unknown option of the base.
 
     `base`: the method that rounds (nearest, mse, squant, adaround), with `base_options`. `budget`: numbers in all adapters, as
-    a share of the weights of linear and convolution layers, above 0 and at most 1. `adapter_bits`: their width, 2 to 8, or 16 for
-    float16 (the paper's equivalent widths take 8; of equal effective bits, twice the ranks at 4 bits were better here).
+    a share of the weights of linear and convolution layers, above 0 and at most 1. `adapter_bits`: their width, 2 to 8, or 16
+    for float16 (the paper's equivalent widths take 8; of equal effective bits, twice the ranks at 4 bits were better here).
 
     `ranks`: "search" (cut-offs by gradient) or "equal" (the heuristic: each adapter takes the same share of its layer).
     `metric`: "inputs" decomposes the residual in the metric of what the layer reads, so that the first components are those

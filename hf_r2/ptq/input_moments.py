@@ -64,7 +64,8 @@ def input_moments(
 ) -> Iterator[dict[str, InputMoments]]:
     """Inside, what the layers (with the side of their kernel) read in `calls` passes is added up.
 
-    `centered`: about the mean, for layers with a bias that is to make up for the mean error. Layers that do not unfold (`unfolds`), and those whose inputs are along the first axis, are left out.
+    `centered`: about the mean, for layers with a bias that is to make up for the mean error. Layers that do not unfold
+    (`unfolds`), and those whose inputs are along the first axis, are left out.
     """
     found = {
         name: InputMoments(layer.module, kernel, rows, centered and layer.module._parameters.get("bias") is not None)
