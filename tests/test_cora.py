@@ -203,12 +203,15 @@ def test_the_trace_says_what_was_found(tmp_path):
         assert row["singular_values"] == sorted(row["singular_values"], reverse=True) and row["cutoff"] > 0
 
 
-def test_deterministic_and_every_option_counts():
+def test_deterministic_and_every_option_counts(tmp_path):
     model, batches = pair()
 
     def found(**options):
-        packed = quantize(model, cora(**{"budget": 0.25, "iters": 8, "batch_size": 16, **options}), batches)
-        return torch.cat([p.flatten() for m in packed_layers(packed).values() for p in (m.weight, m.bias)])
+        settings = {"budget": 0.25, "iters": 8, "batch_size": 16, "trace_file": tmp_path / "trace.json", **options}
+        packed = quantize(model, cora(**settings), batches)
+        tensors = [p.detach().flatten() for m in packed_layers(packed).values() for p in (m.weight, m.bias)]
+        cutoffs = [layer["cutoff"] or 0.0 for layer in json.loads((tmp_path / "trace.json").read_text())["layers"]]
+        return torch.cat([*tensors, torch.tensor(cutoffs)])
 
     same = found()
     assert torch.equal(same, found())
