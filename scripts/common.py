@@ -21,6 +21,7 @@ from huggingface_hub.utils import get_session
 from torch import nn
 
 from hf_r2 import R2QuantConfig
+from hf_r2.model_card import FRACTIONS
 from hf_r2.report import report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,36 +76,37 @@ def git_commit() -> str:
     return run[0] + ("+changes" if run[1] else "")
 
 
-def float_row(name: str, model: nn.Module, accuracy: float, range_loss: str | None) -> dict[str, Any]:
-    """The float model's row of results: its own width, all tensors of its checkpoint."""
+def float_row(name: str, model: nn.Module, score: Mapping[str, Any], range_loss: str | None) -> dict[str, Any]:
+    """The float model's row of results: its own width, all tensors of its checkpoint; `score` is the metric by its name."""
     tensors = {t.data_ptr(): t for t in model.state_dict().values()}.values()
     bits = max((p.element_size() * 8 for p in model.parameters()), default=32)
     return {
-        "name": name, "method": None, "weight_bits": None, "act_bits": None, "granularity": None, "accuracy": accuracy,
+        "name": name, "method": None, "weight_bits": None, "act_bits": None, "granularity": None, **score,
         "bits_per_weight": float(bits), "size_bytes": sum(t.numel() * t.element_size() for t in tensors),
         "range_loss": range_loss,
     }  # fmt: skip
 
 
 def packed_row(
-    name: str, packed: nn.Module, config: R2QuantConfig, accuracy: float, range_loss: str | None
+    name: str, packed: nn.Module, config: R2QuantConfig, score: Mapping[str, Any], range_loss: str | None
 ) -> dict[str, Any]:
     """A packed model's row of results; sizes and the policy for first and last layers come from its report."""
     sizes = report(packed)
     return {
         "name": name, "method": config.method, "weight_bits": config.weight_bits, "act_bits": config.act_bits,
-        "granularity": config.granularity, "accuracy": accuracy, "range_loss": range_loss,
+        "granularity": config.granularity, **score, "range_loss": range_loss,
         **{key: sizes[key] for key in ("bits_per_weight", "bits_per_weight_all", "size_bytes")},
         **{key: sizes[key] for key in ("compression", "policy")},
     }  # fmt: skip
 
 
-def table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows of results as a Markdown table; accuracy in percent, sizes in MB (10^6 bytes)."""
-    lines = ["| model | accuracy % | bits per weight | size MB |", "|---|---:|---:|---:|"]
+def table(rows: Iterable[Mapping[str, Any]], metric: str = "accuracy") -> str:
+    """Rows of results as a Markdown table; fractions in percent, BLEU as it is, sizes in MB (10^6 bytes)."""
+    percent = metric in FRACTIONS
+    lines = [f"| model | {metric}{' %' if percent else ''} | bits per weight | size MB |", "|---|---:|---:|---:|"]
     for r in rows:
-        size = r["size_bytes"] / 1e6
-        lines.append(f"| {r['name']} | {100 * r['accuracy']:.2f} | {r['bits_per_weight']:.2f} | {size:.3f} |")
+        score, size = r[metric] * (100 if percent else 1), r["size_bytes"] / 1e6
+        lines.append(f"| {r['name']} | {score:.2f} | {r['bits_per_weight']:.2f} | {size:.3f} |")
     return "\n".join(lines)
 
 

@@ -7,10 +7,8 @@ python scripts/qnli.py --model_name_or_path DIR --train_file T.parquet --validat
 
 from __future__ import annotations
 
-import copy
 import sys
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -30,13 +27,11 @@ from transformers import (
 )
 
 import common
+import data_files
 import qnli_data
-from hf_r2 import R2QuantConfig, R2Trainer, R2TrainingArguments, RangeLoss, convert, prepare, quantize
-from hf_r2.hub import push_folder
-from hf_r2.layers import weight_layers
+import tracks
+from hf_r2 import R2Trainer, R2TrainingArguments
 from hf_r2.metrics import Accuracy
-from hf_r2.model_card import write_card
-from hf_r2.plots import plot_accuracy, plot_ranges, plot_weights
 
 BASE_MODEL = "google/mobilebert-uncased"
 # What differs from TrainingArguments' own defaults where no flag says otherwise.
@@ -52,7 +47,7 @@ GENERATED_DEFAULTS: dict[str, Any] = {
 
 
 @dataclass
-class QnliArguments:
+class QnliArguments(tracks.RecipeArguments):
     """What to train on, and which models to make of it."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": f"Folder or hub id; default {BASE_MODEL}."})
@@ -68,95 +63,40 @@ class QnliArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many rows, drawn at random."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Measure on so many rows, drawn at random."})
     max_length: int = field(default=128, metadata={"help": "Cut pairs to so many tokens."})
-    weight_bits: list[int] = field(
-        default_factory=lambda: [8, 4, 3, 2], metadata={"help": "Widths for rounding to nearest, 1 to 8 each."}
-    )
-    granularity: str = field(
-        default="per_tensor",
-        metadata={"help": "Scales for rounding to nearest.", "choices": ["per_tensor", "per_channel"]},
-    )
-    dkm_bits: list[int] = field(
-        default_factory=lambda: [1, 2], metadata={"help": "Widths for clustering, 1 to 8 each."}
-    )
-    dkm_steps: int = field(
-        default=500, metadata={"help": "Training steps through the soft clusters; 0: k-means after training only."}
-    )
-    dkm_learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of those steps."})
-    dkm_tau: float | None = field(
-        default=None,
-        metadata={"help": "Temperature of the clustering, in units of each weight's variance; default: by its width."},
-    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.train_file is None) != (self.validation_file is None):
             raise ValueError("train_file and validation_file go together: give both or neither")
         if self.generated and (self.train_file or self.model_name_or_path):
             raise ValueError("generated brings its own model and data: leave out model_name_or_path and the files")
-        if self.dkm_steps < 0 or self.max_length < 8:
-            raise ValueError(
-                f"dkm_steps must be 0 or more and max_length 8 or more, got {self.dkm_steps}, {self.max_length}"
-            )
+        if self.max_length < 8:
+            raise ValueError(f"max_length must be 8 or more, got {self.max_length}")
         if not self.generated and self.model_name_or_path is None:
             self.model_name_or_path = BASE_MODEL
 
-    def configs(self) -> dict[str, R2QuantConfig]:
-        """Name and recipe of each packed model; ValueError for a width that is not allowed."""
-        g = self.granularity
-        nearest = {f"nearest-{b}bit": R2QuantConfig("nearest", b, granularity=g) for b in self.weight_bits}
-        dkm = {"granularity": "per_tensor", "options": {"tau": self.dkm_tau}}
-        return nearest | {f"dkm-{b}bit": R2QuantConfig("dkm", b, **dkm) for b in self.dkm_bits}
-
 
 def main() -> None:
-    """Load, fine-tune, then for each recipe: quantize or cluster, measure, save; write, push, check, print."""
-    args, training = parse_arguments()
-    configs = args.configs()
-    out, start = Path(str(training.output_dir)), time.perf_counter()
-    push, training.push_to_hub = training.push_to_hub, False  # Trainer would push checkpoints in commits of its own
+    """Load, then the road of all tracks: fine-tune, quantize, cluster, measure, save, push."""
+    defaults = GENERATED_DEFAULTS if "--generated" in sys.argv else DEFAULTS
+    args, training = tracks.parse(QnliArguments, R2TrainingArguments, defaults, "qnli", __doc__)
     set_seed(training.seed)
     model, tokenizer = load_model(args)
     train, validation = load_data(args, training, tokenizer)
     collator = DataCollatorWithPadding(tokenizer)
-
-    ranges = {"before training": RangeLoss(model).summary()}
-    trainer = R2Trainer(model, training, train_dataset=train, data_collator=collator, processing_class=tokenizer)
-    resume = training.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
-    ranges["after training"] = RangeLoss(model).summary()
-
-    range_loss = training.range_loss if trainer.range_loss is not None else None
-    accuracy = evaluate(model, training, validation, collator)
-    rows = [common.float_row("float", model, accuracy, range_loss)]
-    folders: dict[str, Path] = {}
-    for name, config in configs.items():
-        packed = make_packed(model, config, args, training, train, collator)
-        accuracy = evaluate(packed, training, validation, collator)
-        rows.append(common.packed_row(name, packed, config, accuracy, range_loss))
-        folders[name] = out / name
-        if training.process_index == 0:
-            save(packed, tokenizer, folders[name])
-            draw_weights(model, packed, folders[name] / "weights.png")
-            check_reload(packed, folders[name], collator([validation[i] for i in range(min(8, len(validation)))]))
-
-    if training.process_index == 0:
-        save(model, tokenizer, out / "float")
-        run = {"time_s": round(time.perf_counter() - start, 1), "ranges": ranges, "log": trainer.state.log_history}
-        write_results(args, training, rows, run, folders)
-        if push:
-            push_all(training, folders)
-        print_results(rows, folders)
-
-
-def parse_arguments() -> tuple[QnliArguments, R2TrainingArguments]:
-    """Both groups of flags, with this script's defaults; a value that is not allowed ends with one line."""
-    parser = HfArgumentParser((QnliArguments, R2TrainingArguments), description=__doc__)  # type: ignore[arg-type]
-    parser.set_defaults(**(GENERATED_DEFAULTS if "--generated" in sys.argv else DEFAULTS))
-    try:
-        args, training = parser.parse_args_into_dataclasses()
-        args.configs()
-    except (ValueError, TypeError) as error:
-        raise SystemExit(f"qnli: {error}") from error
-    return args, training
+    track = tracks.Track(
+        name="qnli",
+        task=task(args),
+        auto=AutoModelForSequenceClassification,
+        processor=tokenizer,
+        trainer=lambda net, options: R2Trainer(
+            net, options, train_dataset=train, data_collator=collator, processing_class=tokenizer
+        ),
+        measure=lambda net: {"accuracy": evaluate(net, training, validation, collator)},
+        batch=lambda: collator([validation[i] for i in range(min(8, len(validation)))]),
+        usage=usage,
+    )
+    tracks.run(model, args, training, track)
 
 
 def load_model(args: QnliArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -195,8 +135,8 @@ def load_data(
         else:
             common.go_offline_if_hub_is_unreachable()
             data = qnli_data.from_hub()
-        train = qnli_data.subset(data["train"], args.max_train_samples, training.seed)
-        validation = qnli_data.subset(data["validation"], args.max_eval_samples, training.seed)
+        train = data_files.subset(data["train"], args.max_train_samples, training.seed)
+        validation = data_files.subset(data["validation"], args.max_eval_samples, training.seed)
         return (
             qnli_data.tokenized(train, tokenizer, args.max_length, by_length=False),
             qnli_data.tokenized(validation, tokenizer, args.max_length, by_length=True),
@@ -217,109 +157,22 @@ def evaluate(
     return trainer.evaluate()["eval_accuracy"]
 
 
-def make_packed(
-    model: PreTrainedModel,
-    config: R2QuantConfig,
-    args: QnliArguments,
-    training: R2TrainingArguments,
-    train: Dataset,
-    collator: DataCollatorWithPadding,
-) -> PreTrainedModel:
-    """A packed copy of `model`; clustering trains for `dkm_steps` steps, with the same range loss, before packing."""
-    if config.method != "dkm" or args.dkm_steps == 0:
-        return quantize(model, config)
-    options = copy.copy(training)
-    options.max_steps, options.learning_rate = args.dkm_steps, args.dkm_learning_rate
-    options.save_strategy = "no"  # type: ignore[assignment]
-    prepared = prepare(copy.deepcopy(model), config)
-    R2Trainer(prepared, options, train_dataset=train, data_collator=collator).train()
-    return convert(prepared)
-
-
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Model and tokenizer into one folder."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def draw_weights(model: nn.Module, packed: nn.Module, path: Path) -> None:
-    """Plots the weights of the middle layer before and after."""
-    layers = weight_layers(model)
-    layer = layers[len(layers) // 2]
-    plot_weights(layer.weight.detach(), packed.get_submodule(layer.name).weight.detach(), path, layer.name)  # type: ignore[union-attr,operator]
-
-
-def check_reload(packed: PreTrainedModel, folder: Path, batch: dict[str, torch.Tensor]) -> None:
-    """Loads the saved model as a user would, and compares logits to the bit."""
-    if not common.same_logits(packed, AutoModelForSequenceClassification.from_pretrained(folder), batch):
-        raise RuntimeError(f"the model reloaded from {folder} gives other logits than the one that was measured")
-
-
-def write_results(
-    args: QnliArguments,
-    training: R2TrainingArguments,
-    rows: list[dict[str, Any]],
-    run: dict[str, Any],
-    folders: dict[str, Path],
-) -> None:
-    """metrics.json, the plots, and a card with every packed model."""
-    out = Path(str(training.output_dir))
-    arguments = {"qnli": asdict(args), "training": training.to_dict()}
-    metrics = {**common.provenance(arguments, training.seed), "task": task(args), "results": rows}
-    common.write_json(out / "metrics.json", {**metrics, **run})
-    plot_accuracy(rows, out / "accuracy.png")
-    plot_ranges(run["ranges"], out / "ranges.png")
-    policies = {row["name"]: row["policy"] for row in rows if row["name"] in folders}
-    for name, folder in folders.items():
-        write_card(folder, {**metrics, "first_last": policies[name]}, result=name, repo_id=repo_id(training, name))
-        common.write_json(folder / "metrics.json", {**metrics, "first_last": policies[name]})
-
-
 def task(args: QnliArguments) -> dict[str, str]:
     """What was measured on, for the card."""
+    measured = {"split": "validation", "metric": "accuracy"}
     if args.generated:
-        return {
-            "name": "generated questions",
-            "dataset": "generated pairs",
-            "split": "validation",
-            "metric": "accuracy",
-        }
+        return {"name": "generated questions", "dataset": "generated pairs", **measured}
     if args.validation_file:
-        return {
-            "name": "QNLI",
-            "dataset": Path(args.validation_file).name,
-            "split": "validation",
-            "metric": "accuracy",
-        }
+        return {"name": "QNLI", "dataset": Path(args.validation_file).name, **measured}
     dataset, config = qnli_data.HUB_DATA
-    return {"name": "QNLI", "dataset": dataset, "config": config, "split": "validation", "metric": "accuracy"}
+    return {"name": "QNLI", "dataset": dataset, "config": config, **measured}
 
 
-def repo_id(training: R2TrainingArguments, name: str) -> str:
-    """Hub id of a packed model: `hub_model_id` (default: name of the output folder), and which model it is."""
-    return f"{training.hub_model_id or Path(str(training.output_dir)).name}-{name}"
-
-
-def push_all(training: R2TrainingArguments, folders: dict[str, Path]) -> None:
-    """One commit per model: weights, card and tokenizer."""
-    for name, folder in folders.items():
-        url = push_folder(folder, repo_id(training, name), private=bool(training.hub_private_repo))
-        print(f"pushed {name}: {url}")
-
-
-def print_results(rows: list[dict[str, Any]], folders: dict[str, Path]) -> None:
-    """The table, where things are, and what to type next."""
-    print(f"\n{common.table(rows)}\n")
-    if not folders:
-        return
-    folder = next(iter(folders.values()))
-    out = folder.parent
-    print(f"In {out}: metrics.json, accuracy.png, ranges.png, and {len(folders)} packed models, each with its card.")
-    print("Each was loaded again from its folder and gave the same logits. To use one, type in Python:\n")
-    print("import hf_r2")
-    print("from transformers import pipeline")
+def usage(folder: Path) -> str:
+    """What to type in Python."""
     pair = '{"text": "when did they build the towers ?", "text_pair": "in the end , they built the towers in 1850 ."}'
-    print(f'print(pipeline("text-classification", "{folder}")({pair}))\n')
+    lines = ["import hf_r2", "from transformers import pipeline"]
+    return "\n".join([*lines, f'print(pipeline("text-classification", "{folder}")({pair}))'])
 
 
 if __name__ == "__main__":

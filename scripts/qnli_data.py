@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
@@ -16,15 +15,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import data_files
+
 HUB_DATA = ("nyu-mll/glue", "qnli")
-# A TSV of GLUE has bare quotation marks in its sentences: 3 is csv.QUOTE_NONE.
-READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".parquet": ("parquet", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"delimiter": "\t", "quoting": 3}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-}
 LABELS = ["entailment", "not_entailment"]  # GLUE's order: 0 means that the sentence holds the answer
 COLUMNS = ("question", "sentence", "label")
 
@@ -44,30 +37,12 @@ def from_hub() -> DatasetDict:
 def from_files(train_file: str, validation_file: str) -> DatasetDict:
     """Pairs from two local files (parquet, csv, tsv, json lines); ends with one line for files it cannot use."""
     parts = {"train": train_file, "validation": validation_file}
-    return DatasetDict({part: checked(_read(file), file) for part, file in parts.items()})
-
-
-def _read(file: str) -> Dataset:
-    path = Path(file)
-    if path.suffix.lower() not in READERS:
-        raise SystemExit(f"{file}: the file type must be one of {', '.join(READERS)}, got {path.suffix or 'none'!r}")
-    if not path.is_file():
-        raise SystemExit(f"{file}: there is no such file")
-    reader, options = READERS[path.suffix.lower()]
-    try:
-        return load_dataset(reader, data_files=file, split="train", **options)
-    except Exception as error:  # the readers raise errors of a dozen libraries; the cause is what tells
-        raise SystemExit(f"{file}: cannot be read as {reader}, or holds no row: {error.__cause__ or error}") from error
+    return DatasetDict({part: checked(data_files.read(file), file) for part, file in parts.items()})
 
 
 def checked(data: Dataset, source: str) -> Dataset:
     """The three columns, labels as 0 and 1 (names of classes are translated); ends with one line for anything else."""
-    missing = [column for column in COLUMNS if column not in data.column_names]
-    if missing:
-        raise SystemExit(
-            f"{source}: no column {', '.join(missing)}; needed are {', '.join(COLUMNS)}, "
-            f"found {', '.join(data.column_names)}"
-        )
+    data_files.need(COLUMNS, data.column_names, source)
     if len(data) == 0:
         raise SystemExit(f"{source}: holds no row")
     data = data.select_columns(list(COLUMNS))
@@ -79,11 +54,6 @@ def checked(data: Dataset, source: str) -> Dataset:
         raise SystemExit(f"{source}: label must be 0 or 1, or {' or '.join(LABELS)}; found {shown}")
     numbers = [LABELS.index(label) for label in data["label"]]
     return data.remove_columns("label").add_column("label", numbers)
-
-
-def subset(data: Dataset, most: int | None, seed: int) -> Dataset:
-    """At most `most` rows, drawn at random; all of them for None."""
-    return data if most is None or most >= len(data) else data.shuffle(seed=seed).select(range(most))
 
 
 def tokenized(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, by_length: bool) -> Dataset:

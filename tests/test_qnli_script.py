@@ -19,6 +19,7 @@ import hf_r2  # noqa: F401  (registers the quantizer with transformers)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 qnli_data = importlib.import_module("qnli_data")
+data_files = importlib.import_module("data_files")
 common = importlib.import_module("common")
 
 PAIRS = {
@@ -69,7 +70,7 @@ def test_the_generated_vocabulary_knows_every_word():
     assert all(tokenizer.unk_token_id not in row and len(row) <= 32 for row in ids)
 
 
-@pytest.mark.parametrize("suffix", sorted(qnli_data.READERS))
+@pytest.mark.parametrize("suffix", sorted(data_files.READERS))
 def test_every_file_type_gives_the_same_rows(tmp_path, suffix):
     file = tmp_path / f"pairs{suffix}"
     if suffix == ".tsv":  # as GLUE writes it: an index, bare quotation marks, names of classes
@@ -175,7 +176,7 @@ def test_a_saved_model_reaches_the_accuracy_that_was_written_down(short_run, nam
     rows = {row["name"]: row for row in json.loads((out / "metrics.json").read_text())["results"]}
     model = AutoModelForSequenceClassification.from_pretrained(out / name)
     tokenizer = AutoTokenizer.from_pretrained(out / name)
-    data = qnli_data.subset(qnli_data.generated_data()["validation"], 100, seed=5)
+    data = data_files.subset(qnli_data.generated_data()["validation"], 100, seed=5)
     batch = tokenizer(list(data["question"]), list(data["sentence"]), padding=True, return_tensors="pt")
     with torch.no_grad():
         hits = model(**batch).logits.argmax(-1) == torch.tensor(list(data["label"]))

@@ -1,0 +1,255 @@
+"""The road that the training scripts share: train, pack by each recipe, measure, save, check, write, push, print."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    HfArgumentParser,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+import common
+from hf_r2 import R2QuantConfig, RangeLoss, convert, prepare, quantize
+from hf_r2.hub import push_folder
+from hf_r2.layers import weight_layers
+from hf_r2.model_card import write_card
+from hf_r2.plots import plot_accuracy, plot_ranges, plot_weights
+from hf_r2.trainer import last_complete_checkpoint
+
+
+@dataclass
+class RecipeArguments:
+    """Which packed models to make of the trained one; ValueError for steps below 0."""
+
+    weight_bits: list[int] = field(
+        default_factory=lambda: [8, 4, 3, 2], metadata={"help": "Widths for rounding to nearest, 1 to 8 each."}
+    )
+    granularity: str = field(
+        default="per_tensor",
+        metadata={"help": "Scales for rounding to nearest.", "choices": ["per_tensor", "per_channel"]},
+    )
+    dkm_bits: list[int] = field(
+        default_factory=lambda: [1, 2], metadata={"help": "Widths for clustering, 1 to 8 each."}
+    )
+    dkm_steps: int = field(
+        default=500, metadata={"help": "Training steps through the soft clusters; 0: k-means after training only."}
+    )
+    dkm_learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of those steps."})
+    dkm_tau: float | None = field(
+        default=None,
+        metadata={"help": "Temperature of the clustering, in units of each weight's variance; default: by its width."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.dkm_steps < 0:
+            raise ValueError(f"dkm_steps must be 0 or more, got {self.dkm_steps}")
+
+    def configs(self) -> dict[str, R2QuantConfig]:
+        """Name and recipe of each packed model; ValueError for a width that is not allowed."""
+        g = self.granularity
+        nearest = {f"nearest-{b}bit": R2QuantConfig("nearest", b, granularity=g) for b in self.weight_bits}
+        dkm = {"granularity": "per_tensor", "options": {"tau": self.dkm_tau}}
+        return nearest | {f"dkm-{b}bit": R2QuantConfig("dkm", b, **dkm) for b in self.dkm_bits}
+
+
+@dataclass(frozen=True)
+class Track:
+    """What one script brings to the road, once its model and data are there."""
+
+    name: str  # of its arguments in metrics.json
+    task: dict[str, str]  # what is measured on what, for the card
+    auto: Any  # the auto class that loads a saved model
+    processor: Any  # tokenizer or image processor, saved beside every model
+    trainer: Callable[[nn.Module, Any], Trainer]  # a trainer of this model with these arguments
+    measure: Callable[[PreTrainedModel], dict[str, Any]]  # the task's metric by its name, and what goes with it
+    batch: Callable[[], Mapping[str, torch.Tensor]]  # a few inputs, on which a reloaded model must give the same
+    usage: Callable[[Path], str]  # what to type in Python to use the model in a folder
+
+
+def parse(arguments: type, training: type, defaults: Mapping[str, Any], name: str, doc: str | None) -> tuple[Any, Any]:
+    """Both groups of flags with the script's defaults; a value that is not allowed ends with one line."""
+    parser = HfArgumentParser((arguments, training), description=doc)  # type: ignore[arg-type]
+    parser.set_defaults(**defaults)
+    try:
+        args, options = parser.parse_args_into_dataclasses()
+        args.configs()
+    except (ValueError, TypeError) as error:
+        raise SystemExit(f"{name}: {error}") from error
+    return args, options
+
+
+class SaveOnInterrupt(TrainerCallback):
+    """Ctrl-C ends the step at hand, writes a checkpoint and stops; a second Ctrl-C stops at once.
+
+    For one process. Of several, each would stop at a step of its own and wait for the others: there a run goes on from
+    the last checkpoint of `save_steps`.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes the signal over."""
+        if args.world_size == 1:
+            self._before = signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, signum: int, frame: FrameType | None) -> None:
+        self.asked = True
+        print("\nstopping after this step; its checkpoint is being written (Ctrl-C again: at once)", file=sys.stderr)
+        signal.signal(signal.SIGINT, self._before)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Asks Trainer to save and to stop."""
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Gives the signal back."""
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+
+def train(trainer: Trainer, training: Any) -> None:
+    """Trains, from a checkpoint where the flags say so; ends with one line where there is none, or Ctrl-C stopped it."""
+    interrupt, resume = SaveOnInterrupt(), training.resume_from_checkpoint
+    if str(resume).lower() == "true":
+        try:
+            resume = last_complete_checkpoint(str(training.output_dir))
+        except ValueError as error:
+            raise SystemExit(f"cannot resume: {error}") from error
+    trainer.add_callback(interrupt)
+    trainer.train(resume_from_checkpoint=resume)
+    if interrupt.asked:
+        print(
+            f"stopped at step {trainer.state.global_step}; the state is in {training.output_dir}: go on with the same "
+            "flags and --resume_from_checkpoint true",
+            file=sys.stderr,
+        )
+        raise SystemExit(130)
+
+
+def run(model: PreTrainedModel, args: Any, training: Any, track: Track) -> None:
+    """The whole road from a loaded model; metrics.json grows by a row as each model is measured."""
+    out, start = Path(str(training.output_dir)), time.perf_counter()
+    push, training.push_to_hub = training.push_to_hub, False  # Trainer would push checkpoints in commits of its own
+    ranges = {"before training": RangeLoss(model).summary()}
+    trainer = track.trainer(model, training)
+    train(trainer, training)
+    ranges["after training"] = RangeLoss(model).summary()
+    range_loss = training.range_loss if getattr(trainer, "range_loss", None) is not None else None
+    main = training.process_index == 0
+    if main:
+        save(model, track.processor, out / "float")
+    rows = [common.float_row("float", model, track.measure(model), range_loss)]
+    folders: dict[str, Path] = {}
+    for name, config in args.configs().items():
+        packed = pack(model, config, args, training, track)
+        rows.append(common.packed_row(name, packed, config, track.measure(packed), range_loss))
+        folders[name] = out / name
+        if main:
+            save(packed, track.processor, folders[name])
+            draw_weights(model, packed, folders[name] / "weights.png")
+            check_reload(packed, folders[name], track)
+            common.write_json(out / "metrics.json", metrics(args, training, track, rows))
+    if main:
+        took = {"time_s": round(time.perf_counter() - start, 1), "ranges": ranges, "log": trainer.state.log_history}
+        write_results(metrics(args, training, track, rows), took, training, folders)
+        if push:
+            push_all(training, folders)
+        print_results(rows, folders, track)
+
+
+def pack(model: PreTrainedModel, config: R2QuantConfig, args: Any, training: Any, track: Track) -> PreTrainedModel:
+    """A packed copy of `model`; clustering trains for `dkm_steps` steps, with the same range loss, before packing."""
+    if config.method != "dkm" or args.dkm_steps == 0:
+        return quantize(model, config)
+    options = copy.copy(training)
+    options.max_steps, options.learning_rate = args.dkm_steps, args.dkm_learning_rate
+    options.save_strategy = "no"
+    prepared = prepare(copy.deepcopy(model), config)
+    track.trainer(prepared, options).train()
+    return convert(prepared)
+
+
+def save(model: PreTrainedModel, processor: Any, folder: Path) -> None:
+    """Model and tokenizer or image processor into one folder."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def draw_weights(model: nn.Module, packed: nn.Module, path: Path) -> None:
+    """Plots the weights of the middle layer before and after."""
+    layers = weight_layers(model)
+    layer = layers[len(layers) // 2]
+    plot_weights(layer.weight.detach(), packed.get_submodule(layer.name).weight.detach(), path, layer.name)  # type: ignore[union-attr,operator]
+
+
+def check_reload(packed: PreTrainedModel, folder: Path, track: Track) -> None:
+    """Loads the saved model as a user would, and compares logits to the bit."""
+    if not common.same_logits(packed, track.auto.from_pretrained(folder), track.batch()):
+        raise RuntimeError(f"the model reloaded from {folder} gives other logits than the one that was measured")
+
+
+def metrics(args: Any, training: Any, track: Track, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What made the run and what it gave, as metrics.json and the cards want it."""
+    arguments = {track.name: asdict(args), "training": training.to_dict()}
+    return {**common.provenance(arguments, training.seed), "task": track.task, "results": rows}
+
+
+def write_results(found: dict[str, Any], took: dict[str, Any], training: Any, folders: dict[str, Path]) -> None:
+    """metrics.json, the plots, and a card with every packed model."""
+    out, rows = Path(str(training.output_dir)), found["results"]
+    common.write_json(out / "metrics.json", {**found, **took})
+    plot_accuracy(rows, out / "accuracy.png", found["task"]["metric"])
+    plot_ranges(took["ranges"], out / "ranges.png")
+    policies = {row["name"]: row["policy"] for row in rows if row["name"] in folders}
+    for name, folder in folders.items():
+        write_card(folder, {**found, "first_last": policies[name]}, result=name, repo_id=repo_id(training, name))
+        common.write_json(folder / "metrics.json", {**found, "first_last": policies[name]})
+
+
+def repo_id(training: Any, name: str) -> str:
+    """Hub id of a packed model: `hub_model_id` (default: name of the output folder), and which model it is."""
+    return f"{training.hub_model_id or Path(str(training.output_dir)).name}-{name}"
+
+
+def push_all(training: Any, folders: dict[str, Path]) -> None:
+    """One commit per model: weights, card and tokenizer."""
+    for name, folder in folders.items():
+        url = push_folder(folder, repo_id(training, name), private=bool(training.hub_private_repo))
+        print(f"pushed {name}: {url}")
+
+
+def print_results(rows: list[dict[str, Any]], folders: dict[str, Path], track: Track) -> None:
+    """The table, where things are, and what to type next."""
+    print(f"\n{common.table(rows, track.task['metric'])}\n")
+    if not folders:
+        return
+    folder = next(iter(folders.values()))
+    out = folder.parent
+    print(f"In {out}: metrics.json, accuracy.png, ranges.png, and {len(folders)} packed models, each with its card.")
+    print("Each was loaded again from its folder and gave the same logits. To use one, type in Python:\n")
+    print(f"{track.usage(folder)}\n")
