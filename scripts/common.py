@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +20,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError  # type: ignore[reportPrivateImportUsage]
 from huggingface_hub.utils import get_session
 from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_r2 import R2QuantConfig
 from hf_r2.model_card import FRACTIONS
@@ -27,6 +29,7 @@ from hf_r2.report import report
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hf_r2", "torch", "transformers", "datasets", "accelerate", "evaluate")
 HUB_PROBE_S = 5.0
+LOCAL = "Give a local folder with --model_name_or_path, and local data with --train_file and --validation_file"
 
 
 def go_offline_if_hub_is_unreachable() -> None:
@@ -124,3 +127,27 @@ def same_logits(one: nn.Module, other: nn.Module, batch: Mapping[str, torch.Tens
     batch = {key: value.to(device) for key, value in batch.items()}
     with torch.no_grad():
         return torch.equal(one.eval()(**batch).logits, other.to(device).eval()(**batch).logits)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A tokenizer that can pad; ends with one line where it cannot be had, or has no pad token."""
+    try:
+        with warnings.catch_warnings():  # Marian's, without sacremoses, leaves punctuation as it is and recommends it
+            warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"cannot load a tokenizer from {name!r}: {str(error).splitlines()[0]}. {LOCAL}") from error
+    if tokenizer.pad_token is None:
+        raise SystemExit(f"the tokenizer of {name!r} has no pad token, which batches need: set one and save it there")
+    return tokenizer
+
+
+def load_float(auto: Any, name: str, **options: Any) -> PreTrainedModel:
+    """A model in float32 from a folder, the hub or its cache; ends with one line where it cannot be had or does not fit."""
+    if not Path(name).is_dir():
+        go_offline_if_hub_is_unreachable()
+    try:
+        return auto.from_pretrained(name, **options).float()
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a head of another size
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise SystemExit(f"cannot load {name!r} from a folder, the hub or its cache: {reason}. {LOCAL}") from error

@@ -17,7 +17,6 @@ from datasets import Dataset
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedModel,
@@ -105,22 +104,12 @@ def load_model(args: QnliArguments) -> tuple[PreTrainedModel, PreTrainedTokenize
         tokenizer = qnli_data.generated_tokenizer(args.max_length)
         return qnli_data.small_mobilebert(len(tokenizer)), tokenizer
     name = str(args.model_name_or_path)
-    if not Path(name).is_dir():
-        common.go_offline_if_hub_is_unreachable()
     labels = dict(enumerate(qnli_data.LABELS))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=len(labels), id2label=labels, label2id={label: i for i, label in labels.items()}
-        )
-    except OSError as error:
-        raise SystemExit(
-            f"cannot load {name!r} from a folder, the hub or its cache: {str(error).splitlines()[0]}. Give a local "
-            "folder with --model_name_or_path, and local data with --train_file and --validation_file; or --generated"
-        ) from error
-    if tokenizer.pad_token is None:
-        raise SystemExit(f"the tokenizer of {name!r} has no pad token, which batches need: set one and save it there")
-    return model.float(), tokenizer
+    numbers = {label: i for i, label in labels.items()}
+    model = common.load_float(
+        AutoModelForSequenceClassification, name, num_labels=2, id2label=labels, label2id=numbers
+    )
+    return model, common.load_tokenizer(name)
 
 
 def load_data(
