@@ -17,15 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import HfArgumentParser, ResNetConfig, ResNetForImageClassification, set_seed
 
 import common
+import data_files
+import image_data
 from hf_r2 import ENCODERS, R2QuantConfig, R2Trainer, R2TrainingArguments, convert, prepare
 from hf_r2.report import report
-from images import Pictures
+from images import BAD_IMAGES, Pictures
 
 # What differs from TrainingArguments' own defaults where no flag says otherwise.
 DEFAULTS: dict[str, Any] = {
@@ -48,6 +50,9 @@ class CifarArguments:
     image_size: int = field(
         default=64,
         metadata={"help": "Images are scaled up to so many pixels: the stem of transformers' ResNet strides 4 x."},
+    )
+    bad_images: str = field(
+        default="refuse", metadata={"help": "What to do with images that do not decode.", "choices": list(BAD_IMAGES)}
     )
     crop_padding: int = field(default=8, metadata={"help": "Random crops move by up to so many pixels, and flip."})
     embedding_size: int = field(default=32, metadata={"help": "Channels of the stem."})
@@ -127,12 +132,6 @@ def build(args: CifarArguments, names: list[str]) -> ResNetForImageClassificatio
     return ResNetForImageClassification(config)
 
 
-def class_names(data: Dataset) -> list[str]:
-    """Names of the classes where the file has them, else their numbers."""
-    feature = data.features["label"]
-    return list(getattr(feature, "names", None) or map(str, range(max(data["label"]) + 1)))
-
-
 @torch.inference_mode()
 def accuracy(model: nn.Module, pictures: Pictures, batch_size: int = 250) -> float:
     """Top-1 on all of `pictures`, 0 to 1."""
@@ -157,11 +156,15 @@ def main() -> None:
     out, start = Path(str(training.output_dir)), time.perf_counter()
     made = common.provenance({"cifar": asdict(args), "training": training.to_dict()}, training.seed)
     set_seed(training.seed)
-    data = load_dataset("parquet", data_files={"train": args.train_file, "validation": args.validation_file})
-    train = Pictures(first(data["train"], args.max_train_samples), args.image_size, str(out), "train")
-    validation = Pictures(first(data["validation"], args.max_eval_samples), args.image_size, str(out), "validation")
+    data = {"train": data_files.read(args.train_file), "validation": data_files.read(args.validation_file)}
+    how = (args.image_size, str(out))
+    train = Pictures(first(data["train"], args.max_train_samples), *how, args.train_file, args.bad_images)
+    validation = Pictures(
+        first(data["validation"], args.max_eval_samples), *how, args.validation_file, args.bad_images
+    )
+    class_names = image_data.class_names(data["train"]) or [str(n) for n in range(int(train.labels.max()) + 1)]
     # Channels last: the convolutions of a CPU are about a fifth faster that way.
-    model = build(args, class_names(data["train"])).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = build(args, class_names).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if args.method is not None:
         prepare(model, args.recipe())
     collator: Any = CropAndFlip(train, args.crop_padding)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
@@ -20,9 +21,17 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError  # type: ignore[reportPrivateImportUsage]
 from huggingface_hub.utils import get_session
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_r2 import R2QuantConfig
+from hf_r2.metrics import Accuracy
 from hf_r2.model_card import FRACTIONS
 from hf_r2.report import report
 
@@ -151,3 +160,24 @@ def load_float(auto: Any, name: str, **options: Any) -> PreTrainedModel:
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a head of another size
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise SystemExit(f"cannot load {name!r} from a folder, the hub or its cache: {reason}. {LOCAL}") from error
+
+
+def accuracy(model: nn.Module, training: TrainingArguments, data: Any, collator: Any) -> float:
+    """Share of right classes, 0 to 1, over all processes. By the plain Trainer: a packed model has no float weight."""
+
+    def count(prediction: EvalPrediction) -> dict[str, float]:
+        found = {"predictions": prediction.predictions, "references": prediction.label_ids}
+        return Accuracy(keep_in_memory=True).compute(**found)  # type: ignore[return-value]
+
+    options = copy.copy(training)
+    options.dataloader_drop_last = False  # else it would hold for the last images that are measured on, too
+    trainer = Trainer(
+        model, options, eval_dataset=data, data_collator=collator, compute_metrics=count,
+        preprocess_logits_for_metrics=lambda logits, _: classes(logits),
+    )  # fmt: skip
+    return trainer.evaluate()["eval_accuracy"]
+
+
+def classes(logits: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The class of the largest logit; a head may give hidden states behind its logits."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)

@@ -1,15 +1,63 @@
-"""Pictures as tensors: what the image scripts share."""
+"""Pictures as tensors: what the image scripts share. Files that do not decode are named, counted, and refused or skipped."""
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from datasets import Image as ImageColumn
 from torch import Tensor
 from tqdm import tqdm
+
+import data_files
+
+BAD_IMAGES = ("refuse", "skip")
+NAMED = 5  # so many files that do not decode are named; the rest are counted
+
+
+class BadData(ValueError):
+    """Rows that cannot be used; a data loader's worker hands it on, with its message in the last line."""
+
+
+class Decoder:
+    """RGB images from what a column holds undecoded; one that does not decode ends the run, or is counted and gives None.
+
+    `count` is shared by the processes of a data loader; it counts an image each time that it is met. Raises BadData
+    for an image that does not decode (naming its file, or its place where it has none) unless told to skip.
+    """
+
+    def __init__(self, source: str, bad_images: str = "refuse"):
+        if bad_images not in BAD_IMAGES:
+            raise ValueError(f"bad_images must be one of {', '.join(BAD_IMAGES)}, got {bad_images!r}")
+        self.source, self.skip = source, bad_images == "skip"
+        self.count = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def __call__(self, image: dict[str, Any] | None, place: str) -> Any:
+        """A PIL image of {"bytes", "path"}, or None for one that is skipped; `place` names it where it has no path."""
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            if image is None or not (image["bytes"] or image["path"]):
+                raise ValueError("it is empty")
+            stream: Any = io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]
+            with Image.open(stream) as opened:
+                return opened.convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            name = (image or {}).get("path") or place
+            reason = "no image format" if isinstance(error, UnidentifiedImageError) else error
+            if not self.skip:
+                raise BadData(
+                    f"{self.source}: {name} does not decode ({reason}); --bad_images skip leaves such images out"
+                ) from error
+            self.count += 1
+            if self.count <= NAMED:
+                print(f"{self.source}: {name} does not decode ({reason}); skipped", file=sys.stderr)
+            return None
 
 
 def square(image: Any, size: int) -> Tensor:
@@ -24,11 +72,27 @@ def square(image: Any, size: int) -> Tensor:
 
 
 class Pictures:
-    """Images decoded once and kept as bytes; normalized as the model's preprocessor_config.json says (else to [-1, 1])."""
+    """Images decoded once and kept as bytes; normalized as the model's preprocessor_config.json says (else to [-1, 1]).
 
-    def __init__(self, data: Dataset, size: int, model_folder: str, name: str):
-        self.pixels = torch.stack([square(image, size) for image in tqdm(data["image"], desc=f"decoding {name}")])
-        self.labels = torch.tensor(data["label"])
+    Ends with one line for an image that does not decode, or leaves it out, as `bad_images` says.
+    """
+
+    def __init__(self, data: Dataset, size: int, model_folder: str, name: str, bad_images: str = "refuse"):
+        data_files.need(("image", "label"), data.column_names, name)
+        decode, pixels, labels = Decoder(name, bad_images), [], []
+        rows: Any = data.cast_column("image", ImageColumn(decode=False))
+        for number, row in enumerate(tqdm(rows, desc=f"decoding {name}")):
+            try:
+                image = decode(row["image"], f"row {number}")
+            except BadData as error:
+                raise SystemExit(str(error)) from error
+            if image is not None:
+                pixels.append(square(image, size))
+                labels.append(row["label"])
+        if not pixels:
+            raise SystemExit(f"{name}: no image in {len(data)} rows")
+        self.bad_images = int(decode.count)
+        self.pixels, self.labels = torch.stack(pixels), torch.tensor(labels)
         file = Path(model_folder) / "preprocessor_config.json"
         settings = json.loads(file.read_text()) if file.is_file() else {}
         self.mean = torch.tensor(settings.get("image_mean", [0.5] * 3)).view(3, 1, 1)

@@ -14,14 +14,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
-    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     set_seed,
 )
 
@@ -30,7 +27,6 @@ import data_files
 import qnli_data
 import tracks
 from hf_r2 import R2Trainer, R2TrainingArguments
-from hf_r2.metrics import Accuracy
 
 BASE_MODEL = "google/mobilebert-uncased"
 # What differs from TrainingArguments' own defaults where no flag says otherwise.
@@ -91,7 +87,7 @@ def main() -> None:
         trainer=lambda net, options: R2Trainer(
             net, options, train_dataset=train, data_collator=collator, processing_class=tokenizer
         ),
-        measure=lambda net: {"accuracy": evaluate(net, training, validation, collator)},
+        measure=lambda net: {"accuracy": common.accuracy(net, training, validation, collator)},
         batch=lambda: collator([validation[i] for i in range(min(8, len(validation)))]),
         usage=usage,
     )
@@ -130,20 +126,6 @@ def load_data(
             qnli_data.tokenized(train, tokenizer, args.max_length, by_length=False),
             qnli_data.tokenized(validation, tokenizer, args.max_length, by_length=True),
         )
-
-
-def count_hits(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy of the larger logit; references and predictions of all processes together."""
-    classes = torch.as_tensor(prediction.predictions).argmax(-1)
-    return Accuracy(keep_in_memory=True).compute(predictions=classes, references=prediction.label_ids)  # type: ignore[return-value]
-
-
-def evaluate(
-    model: nn.Module, training: R2TrainingArguments, data: Dataset, collator: DataCollatorWithPadding
-) -> float:
-    """Accuracy, 0 to 1. By the plain Trainer: a packed model has no float weight for a range loss."""
-    trainer = Trainer(model, training, eval_dataset=data, data_collator=collator, compute_metrics=count_hits)
-    return trainer.evaluate()["eval_accuracy"]
 
 
 def task(args: QnliArguments) -> dict[str, str]:

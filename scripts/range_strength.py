@@ -18,12 +18,13 @@ import torch
 from datasets import Dataset, load_dataset
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageClassification, HfArgumentParser, set_seed
+from transformers import HfArgumentParser, set_seed
 
 import common
+import vision_models
 from hf_r2 import R2QuantConfig, R2Trainer, R2TrainingArguments, RangeLoss, quantize
 from hf_r2.graph.fold import fold_
-from hf_r2.layers import BATCH_NORMS, following_batch_norms
+from hf_r2.layers import following_batch_norms
 from images import square
 
 PAPER, SIZE_AWARE = (
@@ -69,19 +70,6 @@ class Images(torch.utils.data.Dataset):
         return {"pixel_values": self.pixels[index].float() / 127.5 - 1, "labels": self.labels[index]}
 
 
-def load_model(name: str) -> nn.Module:
-    """The classifier, made fit for training: transformers' MobileNets come with inference settings.
-
-    Their dropout is 0.999 (0.8 in V2) and the momentum of their batch norms 0.9997 in torch's sense, so that running
-    statistics would be those of the last batch.
-    """
-    model = AutoModelForImageClassification.from_pretrained(name, classifier_dropout_prob=0.2)
-    for module in model.modules():
-        if isinstance(module, BATCH_NORMS):
-            module.momentum = 0.01
-    return model
-
-
 def folded(model: nn.Module) -> nn.Module:
     """A copy with every batch norm folded into the convolution before it."""
     model = copy.deepcopy(model).eval()
@@ -106,7 +94,7 @@ def run(
 ) -> dict[str, Any]:
     """Fine-tunes once, and measures."""
     set_seed(args.seed)
-    model = load_model(args.model_name_or_path)
+    model = vision_models.load(args.model_name_or_path)
     training = R2TrainingArguments(
         output_dir=args.output_dir, max_steps=args.max_steps, per_device_train_batch_size=args.batch_size,
         learning_rate=args.learning_rate, optim="sgd", optim_args="momentum=0.9", lr_scheduler_type="cosine",

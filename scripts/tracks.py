@@ -79,7 +79,8 @@ class Track:
     trainer: Callable[[nn.Module, Any], Trainer]  # a trainer of this model with these arguments
     measure: Callable[[PreTrainedModel], dict[str, Any]]  # the task's metric by its name, and what goes with it
     batch: Callable[[], Mapping[str, torch.Tensor]]  # a few inputs, on which a reloaded model must give the same
-    usage: Callable[[Path], str]  # what to type in Python to use the model in a folder
+    notes: Callable[[], dict[str, Any]] = dict  # what else metrics.json should say at the end
+    usage: Callable[[Path], str] = str  # what to type in Python to use the model in a folder
 
 
 def parse(arguments: type, training: type, defaults: Mapping[str, Any], name: str, doc: str | None) -> tuple[Any, Any]:
@@ -158,6 +159,7 @@ def run(model: PreTrainedModel, args: Any, training: Any, track: Track) -> None:
     ranges = {"before training": RangeLoss(model).summary()}
     trainer = track.trainer(model, training)
     train(trainer, training)
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  (files hold no channels-last tensors)
     ranges["after training"] = RangeLoss(model).summary()
     range_loss = training.range_loss if getattr(trainer, "range_loss", None) is not None else None
     main = training.process_index == 0
@@ -176,6 +178,7 @@ def run(model: PreTrainedModel, args: Any, training: Any, track: Track) -> None:
             common.write_json(out / "metrics.json", metrics(args, training, track, rows))
     if main:
         took = {"time_s": round(time.perf_counter() - start, 1), "ranges": ranges, "log": trainer.state.log_history}
+        took |= track.notes()
         write_results(metrics(args, training, track, rows), took, training, folders)
         if push:
             push_all(training, folders)
