@@ -151,12 +151,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_float(auto: Any, name: str, **options: Any) -> PreTrainedModel:
-    """A model in float32 from a folder, the hub or its cache; ends with one line where it cannot be had or does not fit."""
+def load_model(auto: Any, name: str, **options: Any) -> PreTrainedModel:
+    """A float model in float32 (a packed one as it is); ends with one line where it cannot be had or does not fit."""
     if not Path(name).is_dir():
         go_offline_if_hub_is_unreachable()
     try:
-        return auto.from_pretrained(name, **options).float()
+        model = auto.from_pretrained(name, **options)
+        return model if getattr(model, "is_quantized", False) else model.float()
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a head of another size
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise SystemExit(f"cannot load {name!r} from a folder, the hub or its cache: {reason}. {LOCAL}") from error

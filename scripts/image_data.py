@@ -12,7 +12,7 @@ from datasets import Image as ImageColumn
 from torch import Tensor
 
 import data_files
-from images import BadData, Decoder, square
+from images import BadData, Decoder, middle, square
 
 HUB_DATA = "ILSVRC/imagenet-1k"
 COLUMNS = ("image", "label")
@@ -106,14 +106,6 @@ class Crops:
         if isinstance(data, IterableDataset):
             return data.map(self, batched=True, batch_size=16, remove_columns=list(COLUMNS))
         return data.with_transform(self)
-
-
-def middle(image: Any, size: int, shorter: int) -> Tensor:
-    """The middle of a PIL image whose shorter side is first scaled to `shorter` pixels: uint8 [3, size, size]."""
-    scale = shorter / min(image.size)
-    return square(
-        image.resize((round(image.width * scale), round(image.height * scale)), resample=2), size
-    )  # 2: bilinear
 
 
 def random_crop(image: Any, size: int) -> Tensor:

@@ -71,13 +71,30 @@ def square(image: Any, size: int) -> Tensor:
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
 
 
+def middle(image: Any, size: int, shorter: int) -> Tensor:
+    """The middle of a PIL image whose shorter side is first scaled to `shorter` pixels: uint8 [3, size, size]."""
+    scale = shorter / min(image.size)
+    return square(
+        image.resize((round(image.width * scale), round(image.height * scale)), resample=2), size
+    )  # 2: bilinear
+
+
 class Pictures:
     """Images decoded once and kept as bytes; normalized as the model's preprocessor_config.json says (else to [-1, 1]).
 
+    The middle is cut out of each as it is, or with `crop_fraction` out of its shorter side scaled to size / crop_fraction.
     Ends with one line for an image that does not decode, or leaves it out, as `bad_images` says.
     """
 
-    def __init__(self, data: Dataset, size: int, model_folder: str, name: str, bad_images: str = "refuse"):
+    def __init__(
+        self,
+        data: Dataset,
+        size: int,
+        model_folder: str,
+        name: str,
+        bad_images: str = "refuse",
+        crop_fraction: float | None = None,
+    ):
         data_files.need(("image", "label"), data.column_names, name)
         decode, pixels, labels = Decoder(name, bad_images), [], []
         rows: Any = data.cast_column("image", ImageColumn(decode=False))
@@ -87,7 +104,8 @@ class Pictures:
             except BadData as error:
                 raise SystemExit(str(error)) from error
             if image is not None:
-                pixels.append(square(image, size))
+                shorter = round(size / crop_fraction) if crop_fraction else None
+                pixels.append(middle(image, size, shorter) if shorter else square(image, size))
                 labels.append(row["label"])
         if not pixels:
             raise SystemExit(f"{name}: no image in {len(data)} rows")

@@ -102,7 +102,7 @@ def load_model(args: QnliArguments) -> tuple[PreTrainedModel, PreTrainedTokenize
     name = str(args.model_name_or_path)
     labels = dict(enumerate(qnli_data.LABELS))
     numbers = {label: i for i, label in labels.items()}
-    model = common.load_float(
+    model = common.load_model(
         AutoModelForSequenceClassification, name, num_labels=2, id2label=labels, label2id=numbers
     )
     return model, common.load_tokenizer(name)

@@ -1,10 +1,11 @@
-"""Post-training methods on a trained classifier: a table of methods, widths and granularities.
+"""Post-training methods on a trained model: a table of methods, widths and granularities.
 
     python scripts/quantize.py --model_name_or_path FOLDER --calibration_file train.parquet --validation_file test.parquet \
       --methods nearest mse dfq squant adaround --widths W8A8 W4A8 --granularities per_channel per_tensor
 
-Images: parquet files with `image` and `label`. Pairs of texts (`--task text-classification`): what scripts/qnli.py takes. Every
-cell is written to metrics.json as it is done; the same command goes on where it was stopped.
+Images: parquet files with `image` and `label`. Pairs of texts (`--task text-classification`): what scripts/qnli.py takes.
+Sentences (`--task translation`): what scripts/translation.py takes. Every cell is written to metrics.json as it is done; the
+same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -12,28 +13,24 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import load_dataset
-from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     HfArgumentParser,
     PreTrainedModel,
 )
 
 import common
-import qnli_data
+import data_files
+import measuring
 from hf_r2 import R2QuantConfig, quantize
+from hf_r2.model_card import FRACTIONS
 from hf_r2.report import report
-from images import Pictures
+from images import BAD_IMAGES
 
 WIDTH = re.compile(r"W([1-8])A([2-8]|32)")
 
@@ -42,12 +39,12 @@ WIDTH = re.compile(r"W([1-8])A([2-8]|32)")
 class QuantizeArguments:
     """What to quantize, how, and on what to measure it."""
 
-    model_name_or_path: str = field(metadata={"help": "A trained classifier: a folder, or a name on the Hub."})
-    calibration_file: str = field(metadata={"help": "Local parquet; its labels are not used."})
-    validation_file: str = field(metadata={"help": "Local parquet to measure on."})
+    model_name_or_path: str = field(metadata={"help": "A trained model: a folder, or a name on the Hub."})
+    calibration_file: str = field(metadata={"help": "Local parquet, csv, tsv or json; its labels are not used."})
+    validation_file: str = field(metadata={"help": "The like to measure on."})
     task: str = field(
         default="image-classification",
-        metadata={"help": "What the files hold.", "choices": ["image-classification", "text-classification"]},
+        metadata={"help": "What the files hold.", "choices": list(measuring.METRICS)},
     )
     methods: list[str] = field(default_factory=lambda: ["nearest", "mse"], metadata={"help": "Post-training methods."})
     widths: list[str] = field(default_factory=lambda: ["W8A8", "W4A8"], metadata={"help": "W4A8, W4A32 and so on."})
@@ -64,7 +61,17 @@ class QuantizeArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Measure on so many samples; default: all."})
     batch_size: int = field(default=50, metadata={"help": "Samples in a batch while measuring."})
     image_size: int = field(default=224, metadata={"help": "Images are cut to squares of so many pixels."})
-    max_length: int = field(default=128, metadata={"help": "Tokens of a pair of texts at most."})
+    max_length: int = field(default=128, metadata={"help": "Tokens of a text at most."})
+    crop_fraction: float | None = field(
+        default=None,
+        metadata={"help": "Scale the shorter side to image_size over this before; default: cut as it is."},
+    )
+    bad_images: str = field(
+        default="refuse", metadata={"help": "What to do with images that do not decode.", "choices": list(BAD_IMAGES)}
+    )
+    source_lang: str = field(default="en", metadata={"help": "Language that is translated."})
+    target_lang: str = field(default="de", metadata={"help": "Language of the translations."})
+    num_beams: int = field(default=4, metadata={"help": "Beams of the search for a translation."})
     seed: int = field(default=0, metadata={"help": "Seed of the choice of calibration samples, and of the methods."})
     save_dir: str | None = field(
         default=None,
@@ -74,54 +81,17 @@ class QuantizeArguments:
 
 
 class Data:
-    """Calibration batches and validation batches with labels."""
+    """Calibration batches, and what models are measured on."""
 
-    def __init__(self, args: QuantizeArguments):
-        files = {"calibration": args.calibration_file, "validation": args.validation_file}
-        data = load_dataset("parquet", data_files=files)
-        chosen = data["calibration"].shuffle(seed=args.seed)
-        chosen = chosen.select(range(min(args.calibration_samples, len(chosen))))
-        measured = data["validation"]
-        if args.max_eval_samples is not None:
-            measured = measured.select(range(min(args.max_eval_samples, len(measured))))
-        load = self._images if args.task == "image-classification" else self._texts
-        self.calibration, _ = load(args, chosen, args.calibration_batch, "calibration")
-        self.validation, self.labels = load(args, measured, args.batch_size, "validation")
-
-    def _images(
-        self, args: QuantizeArguments, data: Any, size: int, name: str
-    ) -> tuple[list[dict[str, Tensor]], Tensor]:
-        pictures = Pictures(data, args.image_size, args.model_name_or_path, name)
-        return pictures.batches(size), pictures.labels
-
-    def _texts(
-        self, args: QuantizeArguments, data: Any, size: int, name: str
-    ) -> tuple[list[dict[str, Tensor]], Tensor]:
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-        # Calibration keeps the drawn order: batches of one length would be no sample of the data.
-        texts = qnli_data.tokenized(
-            qnli_data.checked(data, name), tokenizer, args.max_length, by_length=name == "validation"
+    def __init__(self, args: QuantizeArguments, model: PreTrainedModel):
+        drawn = data_files.read(args.calibration_file).shuffle(seed=args.seed)
+        drawn = measuring.first(drawn, args.calibration_samples)
+        calibration = measuring.load(
+            args, drawn, model, args.calibration_batch, args.calibration_file, by_length=False
         )
-        labels, rows = torch.tensor(texts["labels"]), texts.remove_columns("labels")
-        batches = [tokenizer.pad(rows[i : i + size], return_tensors="pt") for i in range(0, len(rows), size)]
-        return [dict(batch) for batch in batches], labels
-
-
-@torch.inference_mode()
-def accuracy(model: nn.Module, batches: Iterable[dict[str, Tensor]], labels: Tensor) -> float:
-    """Top-1."""
-    device = next(model.parameters()).device
-    model.eval()
-    guesses = [model(**{k: v.to(device) for k, v in batch.items()}).logits.argmax(-1).cpu() for batch in batches]
-    return float((torch.cat(guesses) == labels).float().mean())
-
-
-def load_model(args: QuantizeArguments) -> PreTrainedModel:
-    """The float classifier, on the accelerator where there is one."""
-    images = args.task == "image-classification"
-    auto = AutoModelForImageClassification if images else AutoModelForSequenceClassification
-    model = auto.from_pretrained(args.model_name_or_path).eval()
-    return model.to("cuda") if torch.cuda.is_available() else model
+        self.calibration = calibration.batches
+        measured = measuring.first(data_files.read(args.validation_file), args.max_eval_samples)
+        self.validation = measuring.load(args, measured, model, args.batch_size, args.validation_file)
 
 
 def cells(args: QuantizeArguments) -> list[dict[str, Any]]:
@@ -153,7 +123,7 @@ def run(cell: dict[str, Any], model: PreTrainedModel, data: Data, save_dir: str 
         return {**cell, "error": str(error)}
     seconds = time.perf_counter() - start
     said, start = report(packed), time.perf_counter()
-    measured = {"accuracy": accuracy(packed, data.validation, data.labels), "time_s": seconds}
+    measured = {**data.validation.score(packed), "time_s": seconds}
     measured["eval_s"] = time.perf_counter() - start
     if save_dir is not None:
         packed.save_pretrained(Path(save_dir) / f"{cell['method']}-{cell['width']}-{cell['granularity']}")
@@ -177,7 +147,7 @@ def measured_before(content: dict[str, Any], args: QuantizeArguments) -> list[di
 
 
 def table(rows: list[dict[str, Any]], granularity: str) -> str:
-    """Methods by widths: accuracy in percent; in brackets seconds of quantizing and effective bits per weight."""
+    """Methods by widths: accuracy in percent or BLEU; in brackets seconds of quantizing and effective bits per weight."""
     rows = [row for row in rows if row["granularity"] == granularity]
     widths = list(dict.fromkeys(row["width"] for row in rows))
     lines = [f"| {granularity} | {' | '.join(widths)} |", "|---|" + "---|" * len(widths)]
@@ -192,7 +162,13 @@ def text(row: dict[str, Any] | None) -> str:
     """A cell of the table."""
     if row is None or "error" in row:
         return "-" if row is None else "refused"
-    return f"{100 * row['accuracy']:.1f} ({row['time_s']:.0f} s, {row['bits_per_weight']:.2f} b)"
+    metric = "bleu" if "bleu" in row else "accuracy"
+    return f"{shown(row[metric], metric).removesuffix(' %')} ({row['time_s']:.0f} s, {row['bits_per_weight']:.2f} b)"
+
+
+def shown(score: float, metric: str) -> str:
+    """A fraction in percent, BLEU as it is."""
+    return f"{100 * score:.1f} %" if metric in FRACTIONS else f"{score:.1f}"
 
 
 def main() -> None:
@@ -202,11 +178,14 @@ def main() -> None:
     wanted = cells(args)
     file = Path(args.output_dir) / "metrics.json"
     content = json.loads(file.read_text()) if file.is_file() else {}
-    data, model = Data(args), load_model(args)
+    model = measuring.load_model(args)
+    data = Data(args, model)
     rows = measured_before(content, args)
     head = {**common.provenance(asdict(args), args.seed), "basis": basis(args)}
-    head["float_accuracy"] = accuracy(model, data.validation, data.labels)
-    print(f"float: {100 * head['float_accuracy']:.2f} %", flush=True)
+    metric = measuring.METRICS[args.task]
+    score = data.validation.score(model)[metric]
+    head[f"float_{metric}"] = score
+    print(f"float: {shown(score, metric)}", flush=True)
     for cell in tqdm(wanted, desc="cells"):
         if any(same(row, cell) for row in rows):
             continue

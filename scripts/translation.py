@@ -18,7 +18,6 @@ import torch
 from datasets import Dataset
 from transformers import (
     AutoModelForSeq2SeqLM,
-    DataCollatorForSeq2Seq,
     MarianConfig,
     MarianMTModel,
     PreTrainedModel,
@@ -124,7 +123,7 @@ def main() -> None:
         example = translation_data.tokenized(
             measured.select(range(min(8, len(measured)))), tokenizer, args.max_length, None
         )
-    collator = DataCollatorForSeq2Seq(tokenizer, model=model)
+    collator = translation_data.collator(tokenizer, model)
     track = tracks.Track(
         name="translation",
         task=task(args),
@@ -187,7 +186,7 @@ def load_tokenizer(
 def load_model(args: TranslationArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model to go on from, or a new Transformer of the size asked for; it searches as `args` say, wherever it is loaded."""
     if args.model_name_or_path is not None:
-        model = common.load_float(AutoModelForSeq2SeqLM, args.model_name_or_path)
+        model = common.load_model(AutoModelForSeq2SeqLM, args.model_name_or_path)
     else:
         model = MarianMTModel(new_config(args, tokenizer))
     settings = model.generation_config

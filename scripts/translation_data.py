@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from datasets import Dataset, load_dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
 import data_files
 
@@ -71,3 +71,8 @@ def tokenized(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
         return dict(tokenizer(rows["source"], text_target=rows["target"], truncation=True, max_length=max_length))
 
     return data.map(encode, batched=True, num_proc=processes, remove_columns=data.column_names, desc="Tokenizing")
+
+
+def collator(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> DataCollatorForSeq2Seq:
+    """Pads rows of `tokenized` into batches, with the decoder's inputs that `model` takes."""
+    return DataCollatorForSeq2Seq(tokenizer, model=model)

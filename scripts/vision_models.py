@@ -77,7 +77,7 @@ def load(name: str, labels: list[str] | None = None) -> PreTrainedModel:
     if labels is not None:
         options = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
         options["ignore_mismatched_sizes"] = True
-    model = common.load_float(AutoModelForImageClassification, name, **options)
+    model = common.load_model(AutoModelForImageClassification, name, **options)
     make_trainable_(model)
     return model
 
