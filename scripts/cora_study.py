@@ -20,6 +20,7 @@ import torch
 from transformers import HfArgumentParser, PreTrainedModel
 
 import common
+import measuring
 import quantize as table_script
 from hf_r2 import R2QuantConfig, quantize
 from hf_r2.plots import plot_accuracy, plot_ranks, plot_singular_values
@@ -79,7 +80,7 @@ def run(
     clock, computing = time.perf_counter(), time.process_time()
     packed = quantize(model, config, data.calibration)
     row = {**cell, "time_s": time.perf_counter() - clock, "cpu_s": time.process_time() - computing}
-    row["accuracy"] = table_script.accuracy(packed, data.validation, data.labels)
+    row |= data.validation.score(packed)
     row["bits_per_weight"] = report(packed)["bits_per_weight"]
     trace = None if file is None else json.loads(file.read_text())
     if trace is not None:
@@ -126,10 +127,11 @@ def main() -> None:
     rows = content.get("results", []) if content.get("basis") == basis else []
     traces = content.get("traces", {}) if rows else {}
     source = table_script.QuantizeArguments(**basis, calibration_batch=16)
-    data, model = table_script.Data(source), table_script.load_model(source)
-    accuracy = table_script.accuracy(model, data.validation, data.labels)
-    float_row = common.float_row("float", model, accuracy, None)
-    print(f"float: {100 * accuracy:.2f} %", flush=True)
+    model = measuring.load_model(source)
+    data = table_script.Data(source, model)
+    score = data.validation.score(model)
+    float_row = common.float_row("float", model, score, None)
+    print(f"float: {100 * score['accuracy']:.2f} %", flush=True)
     head = {**common.provenance(asdict(args), args.seed), "basis": basis, "float": float_row}
     for cell in wanted:
         if any(table_script.same(row, cell) for row in rows):
