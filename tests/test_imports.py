@@ -74,12 +74,16 @@ LEVELS = [
     {"quant_config", "report", "tied", "saving"},
     {"road"},
     {"checkpoint"},
-    {"verbs"},
+    {"verbs", "export/__init__", "export/onnx_codes", "export/onnx_graph"},
+    {"export/onnx_layers", "export/onnx_seams"},
+    {"export/onnx_dress"},
+    {"export/onnx_report"},
+    {"export/onnx"},
     {"__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 WITH_TRANSFORMERS = {
-    *("quant_config", "tied", "saving", "road", "checkpoint", "trainer", "training_args"),
+    *("export/onnx", "quant_config", "tied", "saving", "road", "checkpoint", "trainer", "training_args"),
     *("hub", "model_card", "metrics"),
 }
 

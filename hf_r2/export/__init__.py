@@ -1,0 +1,1 @@
+"""Packed models in other runtimes' formats."""

@@ -1,0 +1,159 @@
+"""Packed models as ONNX files that run in onnxruntime, on integers where it has kernels for them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_r2.attach import prepared_layers
+from hf_r2.encoders.activations import InputQuantizer
+from hf_r2.export.onnx_dress import Form, dress_
+from hf_r2.graph import example_inputs
+from hf_r2.packed_layers import packed_layers
+
+LOWEST_OPSET, OPSET = 18, 20
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+FOLD_LIMIT = 64  # constants up to so many elements are computed while exporting; weights stay packed
+
+
+def to_onnx(
+    model: PreTrainedModel,
+    file: str | Path,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    seams: Iterable[Mapping[str, Tensor]] | None = None,
+    dynamic: bool = False,
+    blocks: bool = True,
+    opset: int = OPSET,
+) -> dict[str, Any]:
+    """Writes a packed `model` to `file` (one ONNX file, weights packed as in the checkpoint) and reports on it.
+
+    Args:
+        inputs: keyword arguments of `forward` that the graph is read with; None: made from the model's config.
+        seams: batches to calibrate grids for the values between layers that no layer's input quantizer covers (residual
+            sums). It adds 8-bit roundings that `model` does not have, and lets a residual network stay integer throughout;
+            None: the file computes what `model` does.
+        dynamic: batch size, and the length of token inputs, may differ from `inputs`.
+        blocks: 2- and 4-bit linear layers with float inputs stay packed in memory (MatMulNBits); False: they are unpacked
+            once, at load, like the other layers with float inputs.
+        opset: 18 or higher.
+
+    Returns a dict: `size_bytes`, `opset`, `operators` (of the graph as onnxruntime optimized it, with counts), `layers`
+    {name: {"mode", "operator", "why"}}, `float_layers` {name: why}, `seams` (values that were quantized), `notes`.
+
+    Raises ImportError for a missing package, ValueError for a model that is not packed, not calibrated or cannot be traced
+    with these inputs, and for an opset that is too low.
+    """
+    check_packages()
+    _check_model(model)
+    if opset < LOWEST_OPSET:
+        raise ValueError(f"opset {opset} has no BitwiseAnd, which unpacks weights: take {LOWEST_OPSET} to {OPSET}")
+    from hf_r2.export.onnx_report import KernelError, report_on
+
+    inputs = example_inputs(model) if inputs is None else dict(inputs)
+    forms, program, quantized = _program(model, inputs, seams, dynamic, blocks, opset)
+    try:
+        report = report_on(program, forms, file)
+    except KernelError as error:
+        if not any(form.mode == "blocks" for form in forms.values()):
+            raise
+        forms, program, quantized = _program(model, inputs, seams, dynamic, False, opset)
+        report = report_on(program, forms, file)
+        report["notes"].append(f"linear layers are unpacked at load: {error}")
+    return {"opset": opset, **report, "seams": quantized}
+
+
+def check_packages() -> None:
+    """Raises ImportError with the pip command where a package of the extra is missing."""
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"ONNX export needs {', '.join(missing)}: pip install 'hf_r2[onnx]'")
+    if find_spec("transformers.exporters") is None:
+        raise ImportError("ONNX export needs the exporters of transformers 5.23: pip install --upgrade transformers")
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"to_onnx takes a transformers model, got a {type(model).__name__}")
+    if prepared_layers(model):
+        raise ValueError("the model is prepared, and may be half trained: call hf_r2.convert(model) when it is done")
+    if not packed_layers(model):
+        raise ValueError(
+            "to_onnx needs a packed model: call hf_r2.quantize(model, config) first (transformers.exporters.OnnxExporter "
+            "exports float ones)"
+        )
+    waiting = [
+        name
+        for name, layer in packed_layers(model).items()
+        if isinstance(quantizer := layer._modules.get("input_quantizer"), InputQuantizer)
+        and (not quantizer.ready or quantizer.observing)
+    ]
+    if waiting:
+        raise ValueError(
+            f"the inputs of {', '.join(waiting)} have no range yet: quantize with batches that reach them"
+        )
+
+
+def _program(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    seams: Iterable[Mapping[str, Tensor]] | None,
+    dynamic: bool,
+    blocks: bool,
+    opset: int,
+) -> tuple[dict[str, Form], Any, list[str]]:
+    """Forms of the layers, the finished graph (`onnx_ir.Model`), and the names of the seams that were quantized."""
+    from onnxscript.optimizer import optimize_ir
+
+    from hf_r2.export.onnx_graph import name_weights_, strip_, tidy_
+    from hf_r2.export.onnx_seams import quantize_seams_
+
+    dressed = _float32_copy(model)
+    forms = dress_(dressed, blocks)
+    program = exported(dressed, inputs, dynamic, opset)
+    optimize_ir(program, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
+    tidy_(program.graph)
+    strip_(program)
+    quantized = [] if seams is None else quantize_seams_(program, seams)
+    tidy_(program.graph)
+    name_weights_(program.graph)
+    return forms, program, quantized
+
+
+def _float32_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy in float32: what onnxruntime's CPU kernels compute in. (`model.float()` is refused for packed models.)"""
+    return nn.Module.float(copy.deepcopy(model)).eval()  # type: ignore[return-value]
+
+
+def exported(
+    model: PreTrainedModel, inputs: Mapping[str, Any], dynamic: bool, opset: int, optimize: bool = False
+) -> Any:
+    """The graph of `model(**inputs)` as transformers' own exporter writes it, an `onnx_ir.Model`.
+
+    Raises ValueError, with the exporter's reason, where it cannot.
+    """
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    free = {0: torch.export.Dim.AUTO}
+    shapes = {
+        name: {**free, 1: torch.export.Dim.AUTO} if value.dim() == 2 and not value.is_floating_point() else dict(free)
+        for name, value in inputs.items()
+    }
+    config = OnnxConfig(opset_version=opset, optimize=optimize, dynamic_shapes=shapes if dynamic else None)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.onnx and onnxscript warn of their own deprecated calls
+            return OnnxExporter().export(model, dict(inputs), config=config).program
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        sizes = {name: tuple(value.shape) for name, value in inputs.items()}
+        hint = "; dynamic=False exports these shapes alone" if dynamic else ""
+        raise ValueError(f"{type(model).__name__} cannot be exported with inputs {sizes}: {reason}{hint}") from error

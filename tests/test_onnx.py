@@ -1,0 +1,144 @@
+"""Packed models in onnxruntime: the same logits, integer operators, files of the packed size, and what is refused."""
+
+import builtins
+import copy
+from collections import Counter
+
+import pytest
+import torch
+
+from hf_r2 import R2QuantConfig, prepare, quantize
+from hf_r2.packed_layers import packed_layers
+from hf_r2.report import report as size_report
+from tests.models import float_model, inputs_for, logits
+
+onnx = pytest.importorskip("onnx", reason="needs the extra hf_r2[onnx]")
+pytest.importorskip("onnxscript", reason="needs the extra hf_r2[onnx]")
+ort = pytest.importorskip("onnxruntime", reason="needs the extra hf_r2[onnx]")
+
+from hf_r2.export import onnx as export  # noqa: E402
+from hf_r2.export.onnx import to_onnx  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:::copyreg", "ignore:::torch", "ignore:::onnxscript")
+
+
+def run(file, name, level=None):
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if level is not None:
+        options.graph_optimization_level = level
+    session = ort.InferenceSession(str(file), options, ["CPUExecutionProvider"])
+    feeds = {key: value.numpy() for key, value in inputs_for(name).items()}
+    return torch.from_numpy(session.run(["logits"], {i.name: feeds[i.name] for i in session.get_inputs()})[0])
+
+
+def distance(one, other):
+    return float((one - other).abs().max() / other.abs().max())
+
+
+CASES = [
+    ("resnet", {"weight_bits": 8, "act_bits": 8}),
+    ("mobilenet_v1", {"weight_bits": 4, "act_bits": 8}),
+    ("mobilenet_v2", {"weight_bits": 3}),
+    ("vit", {"weight_bits": 2, "act_bits": 4, "granularity": "per_tensor", "symmetric": False}),
+    ("bert", {"weight_bits": 8, "act_bits": 8}),
+    ("mobilebert", {"weight_bits": 1, "act_bits": 8, "act_range": "dynamic"}),
+    ("marian", {"weight_bits": 4}),
+    ("gpt2", {"method": "dkm", "weight_bits": 2}),
+    ("resnet", {"method": "dkm", "weight_bits": 4, "options": {"dim": 2}}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_onnxruntime_computes_what_the_packed_model_does(tmp_path, name, settings):
+    packed = quantize(float_model(name), R2QuantConfig(**settings), [inputs_for(name)])
+    to_onnx(packed, tmp_path / "model.onnx", inputs_for(name))
+    ours = logits(packed, name)
+    assert distance(run(tmp_path / "model.onnx", name), ours) < 1e-3
+    assert distance(logits(float_model(name), name), ours) > 1e-3  # quantization is there to be seen
+
+
+def test_convolutions_that_follow_each_other_run_on_integers(tmp_path):
+    packed = quantize(
+        float_model("mobilenet_v1"), R2QuantConfig(weight_bits=8, act_bits=8), [inputs_for("mobilenet_v1")]
+    )
+    said = to_onnx(packed, tmp_path / "model.onnx", inputs_for("mobilenet_v1"))
+    assert said["operators"]["QLinearConv"] == 26  # all but the last, which the pooling reads
+    assert said["operators"]["QGemm"] == 1
+    kinds = Counter(entry["operator"] for entry in said["layers"].values())
+    assert kinds["QLinearConv"] == 26 and list(said["float_layers"]) == ["mobilenet_v1.layer.25.convolution"]
+    assert "pass seams" in said["float_layers"]["mobilenet_v1.layer.25.convolution"]
+    assert said["size_bytes"] == (tmp_path / "model.onnx").stat().st_size
+
+
+def test_seams_make_a_residual_network_integer_throughout(tmp_path):
+    packed = quantize(float_model("resnet"), R2QuantConfig(weight_bits=8, act_bits=8), [inputs_for("resnet")])
+    said = to_onnx(packed, tmp_path / "model.onnx", inputs_for("resnet"), seams=[inputs_for("resnet")])
+    assert said["operators"]["QLinearConv"] == 6 and said["operators"]["QLinearAdd"] == 2
+    assert not {"Conv", "FusedConv"} & set(said["operators"]) and not said["float_layers"]
+    assert len(said["seams"]) == 5
+    plain = run(tmp_path / "model.onnx", "resnet", ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
+    integer = run(tmp_path / "model.onnx", "resnet")
+    assert distance(integer, plain) < 1e-3  # the kernels compute what the graph says
+    assert distance(integer, logits(packed, "resnet")) < 0.03  # and that is the model with seven more roundings
+
+
+def test_weights_lie_packed_in_the_file(tmp_path):
+    for bits in (2, 3, 8):
+        packed = quantize(float_model("mobilenet_v2"), R2QuantConfig(weight_bits=bits), [inputs_for("mobilenet_v2")])
+        to_onnx(packed, tmp_path / "model.onnx", inputs_for("mobilenet_v2"))
+        graph = onnx.load(tmp_path / "model.onnx").graph
+        stored = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
+        large = {n: m for n, m in packed_layers(packed).items() if m.weight_packed.numel() > export.FOLD_LIMIT}
+        assert len(large) > 20
+        for name, module in large.items():
+            assert torch.equal(
+                torch.from_numpy(stored[f"{name}.weight_packed"].flatten().copy()), module.weight_packed
+            )
+        assert sum(a.nbytes for a in stored.values()) < 1.05 * size_report(packed)["size_bytes"]
+
+
+def test_batch_and_length_may_be_dynamic(tmp_path):
+    packed = quantize(float_model("bert"), R2QuantConfig(weight_bits=8, act_bits=8), [inputs_for("bert")])
+    to_onnx(packed, tmp_path / "model.onnx", inputs_for("bert"), dynamic=True)
+    ids = torch.randint(3, 40, (5, 9))
+    session = ort.InferenceSession(str(tmp_path / "model.onnx"))
+    with torch.no_grad():
+        ours = packed(input_ids=ids).logits
+    found = session.run(["logits"], {"input_ids": ids.numpy()})[0]
+    assert distance(torch.from_numpy(found), ours) < 1e-3
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
+    model = float_model("resnet")
+    with pytest.raises(ValueError, match=r"needs a packed model: call hf_r2.quantize"):
+        to_onnx(model, tmp_path / "a.onnx")
+    half = prepare(copy.deepcopy(model), R2QuantConfig(method="lsq", weight_bits=4))
+    with pytest.raises(ValueError, match=r"half trained: call hf_r2.convert"):
+        to_onnx(half, tmp_path / "a.onnx")
+    packed = quantize(model, R2QuantConfig(weight_bits=4))
+    with pytest.raises(ValueError, match="opset 17 has no BitwiseAnd"):
+        to_onnx(packed, tmp_path / "a.onnx", opset=17)
+    with pytest.raises(ValueError, match=r"cannot be exported with inputs \{'pixel_values': \(2, 3, 2\)\}"):
+        to_onnx(packed, tmp_path / "a.onnx", {"pixel_values": torch.zeros(2, 3, 2)})
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxruntime" else builtins.object())
+    with pytest.raises(ImportError, match=r"needs onnxruntime: pip install 'hf_r2\[onnx\]'"):
+        to_onnx(packed, tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_kernel_that_onnxruntime_lacks_is_gone_round(tmp_path, monkeypatch):
+    from hf_r2.export import onnx_report
+
+    packed = quantize(float_model("bert"), R2QuantConfig(weight_bits=4), [inputs_for("bert")])
+    real = onnx_report.optimized
+
+    def without_blocks(data):
+        if b"MatMulNBits" in data:
+            raise onnx_report.KernelError("no kernel for MatMulNBits")
+        return real(data)
+
+    monkeypatch.setattr(onnx_report, "optimized", without_blocks)
+    said = to_onnx(packed, tmp_path / "model.onnx", inputs_for("bert"))
+    assert "unpacked at load: no kernel for MatMulNBits" in said["notes"][-1]
+    assert distance(run(tmp_path / "model.onnx", "bert"), logits(packed, "bert")) < 1e-3
