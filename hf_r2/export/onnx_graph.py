@@ -165,7 +165,7 @@ def _clip_codes_(graph: ir.Graph, quantize: ir.Node, ends: list[int]) -> None:
     clip.outputs[0].name, clip.outputs[0].shape, clip.outputs[0].dtype = (
         f"{codes.name}_clipped",
         codes.shape,
-        codes.dtype,
+        ir.DataType.UINT8,
     )
     for use in list(codes.uses()):
         use.node.replace_input_with(use.idx, clip.outputs[0])

@@ -80,7 +80,7 @@ class OnnxWeight:
             [codes, scale, zero],
             codes.shape,
             torch.float32,
-            **({"axis": 0} if scale.dim() else {}),
+            **({"axis": 0} if scale.dim() else {}),  # type: ignore[arg-type]
         )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -103,7 +103,8 @@ class OnnxWeight:
 
     def _dequantized(self, codes: Tensor, axis: int | None) -> Tensor:
         inputs = [codes, self.weight_step, self.weight_zero]  # type: ignore[attr-defined]
-        return op("DequantizeLinear", inputs, codes.shape, torch.float32, **({} if axis is None else {"axis": axis}))
+        options: dict[str, Any] = {} if axis is None else {"axis": axis}
+        return op("DequantizeLinear", inputs, codes.shape, torch.float32, **options)
 
     def _looked_up(self) -> Tensor:
         rows = F.embedding(self._codes().flatten().int(), self.weight_centroids)  # type: ignore[attr-defined]

@@ -1,0 +1,80 @@
+"""A packed checkpoint as a file for another runtime, with a report of what that runtime does with it.
+
+    python scripts/export.py --model_name_or_path FOLDER --format onnx --output model.onnx --seam_file train.parquet
+
+Images for `--seam_file`: parquet files with `image`; they set the grids of residual sums, which makes a residual network
+integer throughout. Without it the file computes exactly the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import load_dataset
+from transformers import AutoConfig, HfArgumentParser, PreTrainedModel
+
+import common
+from hf_r2.export.onnx import OPSET, check_packages, to_onnx
+from images import Pictures
+
+
+@dataclass
+class ExportArguments:
+    """What to export, and as what."""
+
+    model_name_or_path: str = field(metadata={"help": "A packed checkpoint: a folder, or a name on the Hub."})
+    output: str = field(metadata={"help": "The file to write; the report goes beside it, as FILE.json."})
+    format: str = field(default="onnx", metadata={"help": "What to write.", "choices": ["onnx"]})
+    opset: int = field(default=OPSET, metadata={"help": "ONNX operator set, 18 or higher."})
+    dynamic: bool = field(default=False, metadata={"help": "Leave batch size and text length open."})
+    batch_size: int = field(default=1, metadata={"help": "Samples in a batch, where it is not left open."})
+    length: int = field(default=128, metadata={"help": "Tokens of a text, where they are not left open."})
+    image_size: int = field(default=224, metadata={"help": "Images are squares of so many pixels."})
+    seam_file: str | None = field(default=None, metadata={"help": "Local parquet of images; residual networks only."})
+    seam_samples: int = field(default=64, metadata={"help": "Images that are read of it."})
+
+
+def load(name: str) -> PreTrainedModel:
+    """The checkpoint in the class that it was saved from."""
+    config = AutoConfig.from_pretrained(name)
+    if not config.architectures:
+        raise ValueError(f"{name}: config.json names no architecture, so its class is not known")
+    return getattr(transformers, config.architectures[0]).from_pretrained(name).eval()
+
+
+def example(model: PreTrainedModel, args: ExportArguments) -> dict[str, Any]:
+    """Inputs of the shapes that are exported."""
+    if model.main_input_name == "pixel_values":
+        size = (args.batch_size, model.config.num_channels, args.image_size, args.image_size)
+        return {"pixel_values": torch.zeros(size)}
+    ids = torch.ones(args.batch_size, args.length, dtype=torch.long)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return inputs | ({"decoder_input_ids": ids.clone()} if model.config.is_encoder_decoder else {})
+
+
+def main() -> None:
+    """Load, export, say what runs on integers and what does not."""
+    (args,) = HfArgumentParser(ExportArguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    check_packages()
+    common.go_offline_if_hub_is_unreachable()
+    model, seams = load(args.model_name_or_path), None
+    if args.seam_file is not None:
+        data = load_dataset("parquet", data_files=args.seam_file, split=f"train[:{args.seam_samples}]")
+        seams = Pictures(data, args.image_size, args.model_name_or_path, "seams").batches(args.batch_size)
+    file = Path(args.output)
+    said = to_onnx(model, file, example(model, args), seams=seams, dynamic=args.dynamic, opset=args.opset)
+    common.write_json(file.with_name(file.name + ".json"), {**common.provenance(vars(args), 0), **said})
+    integer = len(said["layers"]) - len(said["float_layers"])
+    print(
+        f"{file}: {said['size_bytes'] / 1e6:.2f} MB; {integer} of {len(said['layers'])} layers on packed or integer weights"
+    )
+    for name, why in said["float_layers"].items():
+        print(f"  float: {name}: {why}")
+
+
+if __name__ == "__main__":
+    main()
