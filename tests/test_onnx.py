@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_r2 import R2QuantConfig, prepare, quantize
+from hf_r2.encoders.base import Encoded
 from hf_r2.packed_layers import packed_layers
 from hf_r2.report import report as size_report
 from tests.models import float_model, inputs_for, logits
@@ -18,6 +19,7 @@ ort = pytest.importorskip("onnxruntime", reason="needs the extra hf_r2[onnx]")
 
 from hf_r2.export import onnx as export  # noqa: E402
 from hf_r2.export.onnx import to_onnx  # noqa: E402
+from hf_r2.export.onnx_dress import room_for_bias  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:::copyreg", "ignore:::torch", "ignore:::onnxscript")
 
@@ -142,3 +144,23 @@ def test_a_kernel_that_onnxruntime_lacks_is_gone_round(tmp_path, monkeypatch):
     said = to_onnx(packed, tmp_path / "model.onnx", inputs_for("bert"))
     assert "unpacked at load: no kernel for MatMulNBits" in said["notes"][-1]
     assert distance(run(tmp_path / "model.onnx", "bert"), logits(packed, "bert")) < 1e-3
+
+
+def test_biases_of_nearly_dead_channels_fit_in_32_bits():
+    zero = torch.full((2, 1), 128.0)
+    what = Encoded(torch.tensor([[129, 255], [130, 1]], dtype=torch.uint8), 8, torch.tensor([[1e-12], [1e-2]]), zero)
+    room = room_for_bias(what, 0, torch.tensor([4.0, 4.0]))
+    assert room.scale is not None and 4.0 / float(room.scale[0]) < 2**31
+    assert torch.equal(room.decode()[1], what.decode()[1]) and torch.equal(room.codes[0], torch.tensor([128, 128]))
+    assert (room.decode() - what.decode()).abs().max() < 1e-8 * 4.0
+    assert room_for_bias(what, 0, torch.tensor([1e-9, 4.0])) is what
+
+
+def test_onnxruntime_does_not_quantize_float_weights_by_itself(tmp_path):
+    """It would, one scale for the tensor, where QuantizeLinear stands around a convolution with a float weight."""
+    settings = {"method": "dkm", "weight_bits": 4, "act_bits": 8, "act_range": "static"}
+    packed = quantize(float_model("mobilenet_v1"), R2QuantConfig(**settings), [inputs_for("mobilenet_v1")])
+    said = to_onnx(packed, tmp_path / "model.onnx", inputs_for("mobilenet_v1"))
+    assert not {"QLinearConv", "QGemm"} & set(said["operators"]) and len(said["float_layers"]) == 28
+    assert set(said["float_layers"].values()) == {"a palette's levels are no integers"}
+    assert distance(run(tmp_path / "model.onnx", "mobilenet_v1"), logits(packed, "mobilenet_v1")) < 1e-3

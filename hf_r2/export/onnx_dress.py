@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from hf_r2.export.onnx_codes import Unpacking
 from hf_r2.export.onnx_layers import OnnxInput, OnnxLinear, OnnxTable, OnnxWeight
 from hf_r2.layers import TRANSPOSED, is_table
 from hf_r2.packed_layers import Layout, encoded, packed_layers
+from hf_r2.packing import pack_bits
 
 BLOCKS = (256, 128, 64, 32, 16)  # weights that share a scale in MatMulNBits: it allows these
 BLOCK_BITS = (2, 4)
@@ -49,7 +50,11 @@ def _dress_layer_(module: nn.Module, blocks: bool, tied: bool) -> Form:
     quantizer = module._modules.get("input_quantizer")
     inputs = OnnxInput(quantizer) if isinstance(quantizer, InputQuantizer) and not quantizer.dynamic else None
     form = _form(module, layout, what, quantizer, inputs, blocks)
+    if form.mode == "integer" and module.bias is not None and inputs is not None and not tied:
+        what = room_for_bias(what, layout.channel_axis, module.bias.detach().float() / inputs.scale)  # type: ignore[operator]
+        module.register_parameter("weight_packed", nn.Parameter(pack_bits(what.codes, what.bits), requires_grad=False))
     if inputs is not None:
+        inputs.arithmetic = form.mode == "float"
         module.add_module("input_quantizer", inputs)
     shape, step = tuple(what.weight_shape), inputs.scale if inputs is not None else None
     undress(module)
@@ -99,11 +104,26 @@ def _form(
     zero = what.zero_point
     if not what.symmetric and zero is not None and bool((zero != zero.flatten()[0]).any()):
         return Form("float", "the zero points of its channels differ (symmetric=True gives them one)")
-    bias = module.bias
-    step = inputs.scale * what.scale.flatten()  # type: ignore[union-attr]
-    if bias is not None and bool(((bias.detach().float() / step).abs() > INT32_MAX).any()):  # type: ignore[operator,union-attr]
-        return Form("float", "its bias does not fit in 32 bits")
     return Form("integer")
+
+
+def room_for_bias(what: Encoded, axis: int | None, bias: Tensor) -> Encoded:
+    """The weight on wider steps in channels where the bias, counted in steps, would not fit in int32; the rest untouched.
+
+    `bias` [out] is in units of the input's step. Such channels are nearly dead: their weights are tiny beside the bias, and
+    what the coarser codes change is below 1e-7 of it for each weight.
+    """
+    assert what.scale is not None and what.zero_point is not None
+    least = (
+        bias.abs().view([-1 if d == axis else 1 for d in range(what.scale.dim())])
+        if axis is not None
+        else bias.abs().max()
+    )
+    wider = torch.maximum(what.scale, 2 * least / INT32_MAX)
+    if bool((wider == what.scale).all()):
+        return what
+    codes = ((what.codes.float() - what.zero_point) * (what.scale / wider) + what.zero_point).round()
+    return replace(what, codes=codes.clamp(0, 2**what.bits - 1).to(torch.uint8), scale=wider)
 
 
 def _block(what: Encoded) -> int | None:
