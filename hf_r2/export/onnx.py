@@ -140,7 +140,8 @@ def exported(
 
     Raises ValueError, with the exporter's reason, where it cannot.
     """
-    from transformers.exporters import OnnxConfig, OnnxExporter
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
 
     free = {0: torch.export.Dim.AUTO}
     shapes = {

@@ -84,7 +84,7 @@ def name_weights_(graph: ir.Graph) -> None:
 
 def bypass_(graph: ir.Graph, node: ir.Node) -> None:
     """Lets the readers of a node's first output read its first input, and takes the node out, in place."""
-    ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
+    ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])  # type: ignore[arg-type]
     graph.remove(node, safe=True)
 
 
