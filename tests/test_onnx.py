@@ -118,6 +118,10 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
     half = prepare(copy.deepcopy(model), R2QuantConfig(method="lsq", weight_bits=4))
     with pytest.raises(ValueError, match=r"half trained: call hf_r2.convert"):
         to_onnx(half, tmp_path / "a.onnx")
+    options = {"base": "nearest", "ranks": "equal", "budget": 0.5, "progress": False}
+    adapted = quantize(model, R2QuantConfig("cora", weight_bits=2, options=options), [inputs_for("resnet")])
+    with pytest.raises(ValueError, match=r"does not write low-rank adapters yet, and .*convolution"):
+        to_onnx(adapted, tmp_path / "a.onnx")
     packed = quantize(model, R2QuantConfig(weight_bits=4))
     with pytest.raises(ValueError, match="opset 17 has no BitwiseAnd"):
         to_onnx(packed, tmp_path / "a.onnx", opset=17)
