@@ -67,8 +67,8 @@ class CoRaOptions:
     metric: str = "inputs"
     teacher: str = "logits"
     order: int = 4
-    iters: int = 50
-    lr: float = 0.1
+    iters: int = 25
+    lr: float = 0.4
     gamma: float = 0.1
     batch_size: int = 16
     correct_bias: bool = True
