@@ -19,8 +19,13 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def read(file: str) -> Dataset:
-    """The rows of a local file (parquet, csv, tsv, json lines); ends with one line for a file that cannot be used."""
+    """The rows of a local file (parquet, csv, tsv, json lines), or of NAME:PART, a part of a data set on the hub.
+
+    Ends with one line for what cannot be used.
+    """
     path = Path(file)
+    if ":" in file and not path.exists() and path.suffix.lower() not in READERS:
+        return _from_hub(*file.rsplit(":", 1))
     if path.suffix.lower() not in READERS:
         raise SystemExit(f"{file}: the file type must be one of {', '.join(READERS)}, got {path.suffix or 'none'!r}")
     if not path.is_file():
@@ -33,6 +38,16 @@ def read(file: str) -> Dataset:
     if len(data) == 0:
         raise SystemExit(f"{file}: holds no row")
     return data
+
+
+def _from_hub(name: str, part: str) -> Dataset:
+    try:
+        return load_dataset(name, split=part)  # type: ignore[return-value]
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise SystemExit(
+            f"cannot get {part} of {name} from the hub or its cache ({reason}). Give a local file"
+        ) from error
 
 
 def need(columns: Sequence[str], found: Sequence[str] | None, source: str) -> None:

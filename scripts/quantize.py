@@ -15,6 +15,7 @@ import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from transformers import (
 import common
 import data_files
 import measuring
-from hf_r2 import R2QuantConfig, quantize
+from hf_r2 import R2QuantConfig, RangeLoss, quantize
 from hf_r2.model_card import FRACTIONS
 from hf_r2.report import report
 from images import BAD_IMAGES
@@ -130,6 +131,15 @@ def run(cell: dict[str, Any], model: PreTrainedModel, data: Data, save_dir: str 
     return {**cell, **measured, **{key: said[key] for key in ("bits_per_weight", "policy", "notes")}}
 
 
+def shapes(model: PreTrainedModel) -> dict[str, dict[str, float]]:
+    """Mean range / std and mean kurtosis of the weights (those that are not constant), raw and as deployed."""
+    found = {}
+    for target in ("raw", "deployed"):
+        rows = [row for row in RangeLoss(model, "l_inf", target=target).summary() if row["std"]]
+        found[target] = {key: mean(row[key] for row in rows) for key in ("range_over_std", "kurtosis")} if rows else {}
+    return found
+
+
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether a finished cell is the one asked for."""
     return all(json.dumps(one.get(key)) == json.dumps(value) for key, value in other.items())
@@ -184,7 +194,7 @@ def main() -> None:
     head = {**common.provenance(asdict(args), args.seed), "basis": basis(args)}
     metric = measuring.METRICS[args.task]
     score = data.validation.score(model)[metric]
-    head[f"float_{metric}"] = score
+    head |= {f"float_{metric}": score, "shapes": shapes(model)}
     print(f"float: {shown(score, metric)}", flush=True)
     for cell in tqdm(wanted, desc="cells"):
         if any(same(row, cell) for row in rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import signal
 import sys
 import time
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 import common
-from hf_r2 import R2QuantConfig, RangeLoss, convert, prepare, quantize
+from hf_r2 import ENCODERS, R2QuantConfig, RangeLoss, convert, prepare, quantize
 from hf_r2.hub import push_folder
 from hf_r2.layers import weight_layers
 from hf_r2.model_card import write_card
@@ -47,6 +48,10 @@ class RecipeArguments:
     dkm_bits: list[int] = field(
         default_factory=lambda: [1, 2], metadata={"help": "Widths for clustering, 1 to 8 each."}
     )
+    dkm_vectors: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Clusterings of vectors, bits of a code / length of a vector: 2/2 4/4."},
+    )
     dkm_steps: int = field(
         default=500, metadata={"help": "Training steps through the soft clusters; 0: k-means after training only."}
     )
@@ -56,16 +61,47 @@ class RecipeArguments:
         metadata={"help": "Temperature of the clustering, in units of each weight's variance; default: by its width."},
     )
 
+    qat: list[str] = field(
+        default_factory=list, metadata={"help": "Train on quantized, method-W(bits)A(bits): lsq-W4A4 pact-W2A2."}
+    )
+    qat_steps: int = field(default=500, metadata={"help": "Training steps of each, 1 or more."})
+    qat_learning_rate: float = field(default=0.01, metadata={"help": "Learning rate of those steps."})
+
     def __post_init__(self) -> None:
-        if self.dkm_steps < 0:
-            raise ValueError(f"dkm_steps must be 0 or more, got {self.dkm_steps}")
+        if self.dkm_steps < 0 or self.qat_steps < 1:
+            raise ValueError(
+                f"dkm_steps must be 0 or more and qat_steps 1 or more, got {self.dkm_steps} and {self.qat_steps}"
+            )
 
     def configs(self) -> dict[str, R2QuantConfig]:
         """Name and recipe of each packed model; ValueError for a width that is not allowed."""
         g = self.granularity
         nearest = {f"nearest-{b}bit": R2QuantConfig("nearest", b, granularity=g) for b in self.weight_bits}
         dkm = {"granularity": "per_tensor", "options": {"tau": self.dkm_tau}}
-        return nearest | {f"dkm-{b}bit": R2QuantConfig("dkm", b, **dkm) for b in self.dkm_bits}
+        found = nearest | {f"dkm-{b}bit": R2QuantConfig("dkm", b, **dkm) for b in self.dkm_bits}
+        for text in self.dkm_vectors:
+            bits, length = _match(VECTORS, text, "dkm_vectors are written bits/length, like 4/4").groups()
+            options = {"tau": self.dkm_tau, "dim": int(length)}
+            found[f"dkm-{bits}bit-{length}dim"] = R2QuantConfig(
+                "dkm", int(bits), granularity="per_tensor", options=options
+            )
+        for text in self.qat:
+            method, bits, act_bits = _match(TRAINED, text, "qat is written method-W4A4, like lsq-W4A4").groups()
+            if method not in ENCODERS or method == "dkm":
+                allowed = ", ".join(name for name in ENCODERS if name != "dkm")
+                raise ValueError(f"methods of qat are {allowed}; got {text!r}")
+            found[text] = R2QuantConfig(method, int(bits), act_bits=int(act_bits))
+        return found
+
+
+VECTORS, TRAINED = re.compile(r"(\d+)/(\d+)"), re.compile(r"(\w+)-W(\d)A(\d)")
+
+
+def _match(pattern: re.Pattern[str], text: str, rule: str) -> re.Match[str]:
+    match = pattern.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{rule}; got {text!r}")
+    return match
 
 
 @dataclass(frozen=True)
@@ -186,11 +222,14 @@ def run(model: PreTrainedModel, args: Any, training: Any, track: Track) -> None:
 
 
 def pack(model: PreTrainedModel, config: R2QuantConfig, args: Any, training: Any, track: Track) -> PreTrainedModel:
-    """A packed copy of `model`; clustering trains for `dkm_steps` steps, with the same range loss, before packing."""
-    if config.method != "dkm" or args.dkm_steps == 0:
+    """A packed copy of `model`; clustered and trained quantized for so many steps, with the same range loss, before."""
+    steps, rate = args.dkm_steps, args.dkm_learning_rate
+    if config.method != "dkm":
+        steps, rate = (args.qat_steps, args.qat_learning_rate) if config.method in ENCODERS else (0, 0.0)
+    if steps == 0:
         return quantize(model, config)
     options = copy.copy(training)
-    options.max_steps, options.learning_rate = args.dkm_steps, args.dkm_learning_rate
+    options.max_steps, options.learning_rate = steps, rate
     options.save_strategy = "no"
     prepared = prepare(copy.deepcopy(model), config)
     track.trainer(prepared, options).train()

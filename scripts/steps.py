@@ -1,0 +1,89 @@
+"""Steps of long work: each is a script with its flags. What is done is skipped, what was interrupted goes on."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+import common
+
+HERE = Path(__file__).resolve().parent
+DONE = "done.json"
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Step:
+    """One script of this folder with its flags (without --output_dir), and the folder that it alone writes to."""
+
+    name: str
+    words: tuple[str, ...]
+    out: Path
+    minutes: float  # about
+    resumes: bool = False  # whether the script goes on from its checkpoints
+
+    def command(self) -> list[str]:
+        """The script and all its flags, with the one that takes an interrupted training up again."""
+        words = [*self.words, "--output_dir", str(self.out)]
+        return [*words, "--resume_from_checkpoint", "true"] if self.resumes and _checkpoints(self.out) else words
+
+    def done(self) -> bool:
+        """Whether these very flags ran to their end; others in the same folder do not count."""
+        file = self.out / DONE
+        return file.is_file() and json.loads(file.read_text())["words"] == list(self.words)
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    return [folder for folder in out.glob("checkpoint-*") if (folder / "trainer_state.json").is_file()]
+
+
+def plan(steps: Sequence[Step], cost: str) -> str:
+    """The steps as a Markdown table: what is done, what is to be run, and how long that takes, in units of `cost`."""
+    lines = [f"| step | state | {cost} | command |", "|---|---|---:|---|"]
+    for step in steps:
+        state = "done" if step.done() else "to run"
+        lines.append(f"| {step.name} | {state} | {step.minutes:g} | `python scripts/{shlex.join(step.command())}` |")
+    left = sum(step.minutes for step in steps if not step.done())
+    return "\n".join([*lines, "", f"{len(steps)} steps, to go about {left:.0f} {cost}"])
+
+
+def run(steps: Sequence[Step]) -> list[str]:
+    """Runs what is not done, one after the other; returns the names of those that failed, and goes on behind them.
+
+    Ctrl-C reaches the script at hand, which keeps its state; then this ends too, with exit code 130.
+    """
+    failed: list[str] = []
+    for step in tqdm(_unique(steps), desc="steps"):
+        if step.done():
+            continue
+        tqdm.write(f"\n{step.name}: python scripts/{shlex.join(step.command())}")
+        code = _run(step)
+        if code == 0:
+            common.write_json(step.out / DONE, {"words": list(step.words)})
+        elif code in (INTERRUPTED, -2):
+            raise SystemExit(INTERRUPTED)
+        else:
+            tqdm.write(f"{step.name} failed with exit code {code}")
+            failed.append(step.name)
+    return failed
+
+
+def _run(step: Step) -> int:
+    script, *flags = step.command()
+    with subprocess.Popen([sys.executable, str(HERE / script), *flags]) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the script got it too, and is writing its state
+            process.wait()
+            return INTERRUPTED
+
+
+def _unique(steps: Iterable[Step]) -> list[Step]:
+    return list({step.out: step for step in steps}.values())
