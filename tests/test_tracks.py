@@ -63,3 +63,19 @@ def test_no_checkpoint_to_resume_from_ends_with_one_line(tmp_path):
     tool, training = trainer(tmp_path, "true")
     with pytest.raises(SystemExit, match="cannot resume: "):
         tracks.train(tool, training)
+
+
+def test_vectors_and_trained_quantizers_by_their_names():
+    found = tracks.RecipeArguments(weight_bits=[8], dkm_bits=[1], dkm_vectors=["4/2"], qat=["lsq-W4A3"]).configs()
+    assert list(found) == ["nearest-8bit", "dkm-1bit", "dkm-4bit-2dim", "lsq-W4A3"]
+    assert (found["dkm-4bit-2dim"].weight_bits, found["dkm-4bit-2dim"].options["dim"]) == (4, 2)
+    assert (found["lsq-W4A3"].method, found["lsq-W4A3"].weight_bits, found["lsq-W4A3"].act_bits) == ("lsq", 4, 3)
+    for wrong, said in (
+        ({"dkm_vectors": ["4"]}, "bits/length"),
+        ({"qat": ["lsq"]}, "lsq-W4A4"),
+        ({"qat": ["dkm-W2A2"]}, "qat are"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            tracks.RecipeArguments(**wrong).configs()
+    with pytest.raises(ValueError, match="qat_steps"):
+        tracks.RecipeArguments(qat_steps=0)
