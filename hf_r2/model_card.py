@@ -32,6 +32,11 @@ ARCHITECTURES = {
     "ForCausalLM": ("text-generation", "AutoModelForCausalLM", "AutoTokenizer"),
 }
 DATA_FILE = re.compile(r"\.(parquet|csv|tsv|jsonl?|txt|arrow)$")
+PICTURES = {
+    "accuracy.png": "the metric over bits per weight",
+    "ranges.png": "range / std",
+    "weights.png": "weights of a layer",
+}
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
@@ -50,8 +55,9 @@ def write_card(
     `metrics` is what the scripts write as metrics.json, with the keys `KEYS`, `TASK_KEYS` and `ROW_KEYS` above; `first_last`
     is a phrase on first and last layers, a row holds the metric under its own name (accuracy and f1 from 0 to 1), and
     `weight_bits` None stands for float. `result` names the row this folder holds (needed when there are several); it alone
-    goes into the model index. `repo_id` is the name to load by (default: that of the folder). `base_model` is the Hub id of
-    the float model; by default `model_name_or_path` of the arguments where that is a Hub id and no local folder.
+    goes into the model index. Plots in the folder that are named as in `PICTURES` are shown. `repo_id` is the name to load
+    by (default: that of the folder). `base_model` is the Hub id of the float model; by default `model_name_or_path` of the
+    arguments where that is a Hub id and no local folder.
 
     Raises ValueError that names what `metrics` lacks or what is not a number, and for an unknown `result`.
     """
@@ -89,6 +95,7 @@ def write_card(
         float_row=next((_shown(r, task["metric"]) for r in rows if r["weight_bits"] is None and r is not row), None),
         rows=[_shown(r, task["metric"], bold=r is row) for r in rows],
         training={key: arguments[key] for key in TRAINING if arguments.get(key) is not None},
+        pictures={name: what for name, what in PICTURES.items() if (folder / name).is_file()},
         versions=", ".join(f"{name} {version}" for name, version in metrics["versions"].items()),
         **{key: metrics[key] for key in ("first_last", "seed", "commit", "command")},
     )

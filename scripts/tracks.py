@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
 import signal
 import sys
 import time
@@ -269,6 +270,8 @@ def write_results(found: dict[str, Any], took: dict[str, Any], training: Any, fo
     plot_ranges(took["ranges"], out / "ranges.png")
     policies = {row["name"]: row["policy"] for row in rows if row["name"] in folders}
     for name, folder in folders.items():
+        for picture in ("accuracy.png", "ranges.png"):
+            shutil.copyfile(out / picture, folder / picture)
         write_card(folder, {**found, "first_last": policies[name]}, result=name, repo_id=repo_id(training, name))
         common.write_json(folder / "metrics.json", {**found, "first_last": policies[name]})
 

@@ -1,7 +1,10 @@
 """The model card: every number comes from the metrics, the front matter parses, and incomplete metrics are refused."""
 
 import copy
+import importlib
 import re
+import sys
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
@@ -169,3 +172,20 @@ def test_unclear_calls_are_refused(folder, tmp_path):
         write_card(folder, {**METRICS, "task": "QNLI"})
     with pytest.raises(ValueError, match=r"holds no config\.json"):
         write_card(tmp_path, METRICS, result="w4")
+
+
+def test_plots_beside_the_model_are_shown_and_copied_with_the_card(folder, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "scripts"))
+    cards = importlib.import_module("cards")
+    (folder / "weights.png").write_bytes(b"picture")
+    card_of(folder)
+    written = (folder / "README.md").read_text()
+    assert "![weights of a layer](weights.png)" in written and "accuracy.png" not in written
+    copied = cards.copy_card(folder, "mine", tmp_path / "cards")
+    assert "![weights of a layer](mine/weights.png)" in copied.read_text()
+    assert (tmp_path / "cards" / "mine" / "weights.png").read_bytes() == b"picture"
+    with pytest.raises(SystemExit, match=r"no README\.md"):
+        cards.copy_card(tmp_path / "cards", "mine", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cards.py", "one"])
+    with pytest.raises(SystemExit, match="Copies the cards"):
+        cards.main()
