@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from hf_r2.layers import WeightLayer, folded_weight, following_batch_norms, weight_layers
 from hf_r2.range_kernel import center_and_spread, excesses, magnitudes, soft_ranges
 from hf_r2.vectors import to_vectors
 
 LOWEST_ALPHA = 1e-3  # a trainable alpha is projected back to this: a negative one would reward a wider range
-UNITS = ("absolute", "std")
+UNITS = ("absolute", "std", "relative")
 TARGETS = ("raw", "deployed")
 
 
@@ -113,12 +114,16 @@ class RangeLoss(nn.Module):
             wrapped by torch.compile, DataParallel or DDP.
         kind: "soft_min_max", "margin" or "l_inf".
         alpha: start of alpha. Default 0.1 as in the paper; in units of std `size_aware_alpha` of each weight.
-        trainable: whether alpha (margin) learns. Default: yes in absolute units, alpha not in units of std.
+        trainable: whether alpha (margin) learns. Default: yes in absolute units, alpha not in the others.
         units: "absolute", the paper's form, or "std": the weight over its own, detached, standard deviation. In std
             units the pull on a weight x standard deviations out is
             dL/dw = [p (1 + alpha (x - s_max)) - q (1 - alpha (x - s_min))] / std,
             which does not vanish with the number of weights (for alpha near sqrt(2 ln N), see `size_aware_alpha`) nor
             with their scale, while the paper's form at alpha std << 1 gives 4 alpha (w - mean) / N.
+            "relative": as "std", but the gradient of the weight is multiplied by its (raw, detached) variance, so that a
+            step of plain gradient descent moves every weight by the same share of its std, whatever its scale: in "std"
+            a weight with a std of 0.01 is moved 10,000 times as far, in its own std, as one with a std of 1. What else
+            the deployed weight depends on (the batch norm's gamma) is moved as in "std". Values are those of "std".
         target: "raw", the parameter, or "deployed": with the batch norm behind it folded in (differentiably).
         dim: the weight as vectors of this length (see `soft_min_max`).
         skip: globs of layer names to leave out.
@@ -178,7 +183,10 @@ class RangeLoss(nn.Module):
 
     def _target(self, layer: WeightLayer, norm: nn.Module | None) -> Tensor:
         """The weight that is measured, raw or folded, in absolute units."""
-        return layer.weight if norm is None else folded_weight(layer.weight, norm)
+        weight: Tensor = layer.weight
+        if self.units == "relative" and torch.is_grad_enabled():
+            weight = _Preconditioned.apply(weight, _std(weight).square())  # type: ignore[assignment]
+        return weight if norm is None else folded_weight(weight, norm)
 
     def forward(self, only: Collection[str] | None = None) -> Tensor:
         """Sum of the range losses of all weights (of the layers named in `only`, if given), scalar; 0 for none."""
@@ -191,7 +199,7 @@ class RangeLoss(nn.Module):
         weights = [self._target(layers[i], norms[i]) for i in chosen]
         scalars = self.scalars if len(chosen) == len(layers) else self.scalars[chosen]
         # L(w / std; alpha) = L(w; alpha / std) / std: the weight need not be copied to be measured in its own std.
-        std = torch.stack([_std(w).to(scalars.device) for w in weights]) if self.units == "std" else None
+        std = torch.stack([_std(w).to(scalars.device) for w in weights]) if self.units != "absolute" else None
         if self.kind == "l_inf":
             losses = magnitudes(weights)
         elif self.kind == "margin":
@@ -239,6 +247,21 @@ class RangeLoss(nn.Module):
         return rows
 
 
+class _Preconditioned(torch.autograd.Function):
+    """The weight itself; its gradient times a number."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, gain: Tensor) -> Tensor:
+        ctx.save_for_backward(gain)
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (gain,) = ctx.saved_tensors
+        return (grads[0] * gain).to(grads[0].dtype), None
+
+
 def _std(w: Tensor) -> Tensor:
     """Standard deviation of `w`, detached, scalar; 1 for a constant weight, whose deviation is nothing but rounding."""
     mean, std = center_and_spread(w)
@@ -271,8 +294,8 @@ def _check(kind: str, alpha: float | None, trainable: bool | None, units: str, t
         raise ValueError(f"alpha is for soft_min_max, not for {kind!r}; got {alpha}")
     if alpha is not None and not (alpha > 0 and math.isfinite(alpha)):
         raise ValueError(f"alpha must be a positive number, got {alpha}")
-    if units == "std" and kind == "soft_min_max" and trainable:
+    if units != "absolute" and kind == "soft_min_max" and trainable:
         raise ValueError(
-            "units='std' needs a fixed alpha (trainable=False): measured in its own std a weight has Var_p + Var_q > "
+            f"units={units!r} needs a fixed alpha (trainable=False): measured in its own std a weight has Var_p + Var_q > "
             "exp(-alpha), so a trainable alpha falls to its lower bound at once"
         )

@@ -30,12 +30,12 @@ class R2Arguments:
     range_alpha: float | None = field(
         default=None,
         metadata={
-            "help": "Start of soft_min_max's temperature; default 0.1, in units of std sqrt(2 ln N) for N weights."
+            "help": "Start of soft_min_max's temperature; default 0.1, in other units than absolute sqrt(2 ln N)."
         },
     )
     range_trainable: bool | None = field(
         default=None,
-        metadata={"help": "Whether alpha or margin learns; default: yes in absolute units, alpha no in units of std."},
+        metadata={"help": "Whether alpha or margin learns; default: yes in absolute units, alpha no in others."},
     )
     range_lr: float = field(
         default=0.01,
@@ -46,7 +46,8 @@ class R2Arguments:
     range_units: str = field(
         default="absolute",
         metadata={
-            "help": "absolute: the paper's form; std: each weight over its own std (size-aware).",
+            "help": "absolute: the paper's form; std: each weight over its own std (size-aware); relative: that, with steps "
+            "in proportion to the weight's scale.",
             "choices": [*UNITS],
         },
     )

@@ -219,6 +219,23 @@ def test_std_units_of_the_other_losses(kind):
         torch.testing.assert_close(loss.scalars.grad[0], size.grad)
 
 
+def test_relative_units_have_the_value_of_std_and_steps_in_proportion_to_the_weight():
+    def grads(units, scale):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).double()
+        model[0].weight.data *= scale
+        loss = RangeLoss(model, units=units, alpha=3, target="deployed").double()()
+        loss.backward()
+        return loss.item(), model[0].weight, model[1].weight.grad
+
+    value, w, gamma = grads("std", 1.0)
+    for scale in (1.0, 0.01):
+        same, w2, gamma2 = grads("relative", scale)
+        assert same == pytest.approx(value, rel=1e-9)
+        assert torch.allclose(w2.grad, scale * w.grad * w.detach().var(correction=0), rtol=1e-9)
+        assert torch.allclose(gamma2, gamma, rtol=1e-9) and gamma.abs().max() > 0
+
+
 def test_a_broken_weight_is_not_hidden_by_std_units():
     model = nn.Linear(4, 4)
     with torch.no_grad():
@@ -248,7 +265,7 @@ def test_two_losses_before_one_backward():
 
 
 @pytest.mark.parametrize("target", ["raw", "deployed"])
-@pytest.mark.parametrize("units", ["absolute", "std"])
+@pytest.mark.parametrize("units", ["absolute", "std", "relative"])
 @pytest.mark.parametrize("dim", [1, 2])
 def test_every_combination_of_units_target_and_dim(target, units, dim):
     model = conv_bn()
@@ -256,7 +273,7 @@ def test_every_combination_of_units_target_and_dim(target, units, dim):
     expected = 0.0
     for layer, norm in ((model[0], model[1]), (model[3], None)):
         w = folded_weight(layer.weight, norm) if norm is not None and target == "deployed" else layer.weight
-        expected += soft_min_max(w / w.std(correction=0) if units == "std" else w, 0.8, dim)
+        expected += soft_min_max(w if units == "absolute" else w / w.std(correction=0), 0.8, dim)
     torch.testing.assert_close(loss(), expected)
 
 
@@ -314,11 +331,12 @@ def test_prepared_models_are_read_before_their_encoder():
         ({"kind": "l2"}, "no range loss called 'l2'; there are: l_inf, margin, soft_min_max"),
         ({"alpha": -1.0}, "alpha must be a positive number"),
         ({"alpha": 1.0, "kind": "margin"}, "alpha is for soft_min_max"),
-        ({"units": "meters"}, "units must be one of absolute, std"),
+        ({"units": "meters"}, "units must be one of absolute, std, relative"),
         ({"target": "folded"}, "target must be one of raw, deployed"),
         ({"dim": 0}, "dim must be an integer of at least 1"),
         ({"dim": 2, "kind": "l_inf"}, "dim is for soft_min_max"),
         ({"units": "std", "trainable": True}, "needs a fixed alpha"),
+        ({"units": "relative", "trainable": True}, "units='relative' needs a fixed alpha"),
     ],
 )
 def test_bad_arguments(options, message):
