@@ -18,9 +18,9 @@ ABSOLUTE: dict[str, tuple[str, ...]] = {
 }  # range_weight is 0.01 where no flag says otherwise
 
 
-def size_aware(strength: str, target: str) -> tuple[str, ...]:
-    """Flags of the form in units of each weight's std, of the raw weight or of the deployed one."""
-    return ("--range_units", "std", "--range_alpha", "3", "--range_target", target, "--range_weight", strength)
+def size_aware(units: str, strength: str, target: str) -> tuple[str, ...]:
+    """Flags of a form that measures each weight in its own std, the raw weight or the deployed one."""
+    return ("--range_units", units, "--range_alpha", "3", "--range_target", target, "--range_weight", strength)
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ def _forms(heavy: tuple[str, ...], aware: dict[str, tuple[str, ...]]) -> dict[st
     return dict([first, (HEAVY, ("--range_loss", "none", *heavy)), *rest]) | aware
 
 
-def _named(target: str, *strengths: str) -> dict[str, tuple[str, ...]]:
-    return {f"size-aware {s}, {target}": size_aware(s, target) for s in strengths}
+def _named(units: str, target: str, *strengths: str) -> dict[str, tuple[str, ...]]:
+    return {f"{units} {s}, {target}": size_aware(units, s, target) for s in strengths}
 
 
 PROXIES = {
@@ -66,9 +66,9 @@ PROXIES = {
         ),
         forms=_forms(
             ("--weight_decay", "4e-4"),
-            _named("deployed", "0.01", "0.02", "0.05", "0.2") | _named("raw", "0.05"),
+            _named("std", "deployed", "0.05") | _named("relative", "deployed", "0.05", "0.5", "2"),
         ),
-        recommended="size-aware 0.05, deployed",
+        recommended="relative 0.5, deployed",
         minutes=(2.5, 2.0, 4.0),
         clustered=("--dkm_bits", "1", "2", "--dkm_steps", "50", "--dkm_learning_rate", "0.003"),
         plain=("--dkm_bits", "2", "--dkm_steps", "0"),
@@ -86,12 +86,12 @@ PROXIES = {
         ),
         forms=_forms(
             ("--weight_decay", "5e-3"),
-            _named("raw", "0.0003", "0.001", "0.003") | _named("deployed", "0.001"),
+            _named("std", "raw", "0.001") | _named("relative", "raw", "0.1", "0.3"),
         ),
         minutes=(4.0, 2.0, 4.0),
         saved="",
         cluster=("--learning_rate", "0.01"),
-        recommended="size-aware 0.001, raw",
+        recommended="std 0.001, raw",
     ),
     "qnli": Proxy(
         title="6-layer MiniLM fine-tuned on 10,000 QNLI pairs",
@@ -107,11 +107,11 @@ PROXIES = {
             "--calibration_file", "{data}/qnli/train_from_squad.parquet", "--validation_file", "{data}/qnli/validation.parquet",
             "--max_eval_samples", "1000",
         ),
-        forms=_forms(("--weight_decay", "0.1"), _named("raw", "0.01", "0.1")),
+        forms=_forms(("--weight_decay", "0.1"), _named("std", "raw", "0.01") | _named("relative", "raw", "1")),
         minutes=(7.0, 4.0, 10.0),
         clustered=("--dkm_bits", "1", "2", "--dkm_steps", "50", "--dkm_learning_rate", "5e-5"),
         plain=("--dkm_bits", "2", "--dkm_steps", "0"),
-        recommended="size-aware 0.01, raw",
+        recommended="std 0.01, raw",
     ),
     "multi30k": Proxy(
         title="4 + 4 layers of 128 on Multi30k, English to German",
@@ -124,9 +124,9 @@ PROXIES = {
         files=(
             "--calibration_file", "{data}/multi30k/train.jsonl", "--validation_file", "{data}/multi30k/test2016.jsonl",
         ),
-        forms=_forms(("--weight_decay", "0.1"), _named("raw", "0.05")),
+        forms=_forms(("--weight_decay", "0.1"), _named("std", "raw", "0.05")),
         minutes=(15.0, 4.0, 10.0),
-        recommended="size-aware 0.05, raw",
+        recommended="std 0.05, raw",
     ),
 }  # fmt: skip
 

@@ -35,7 +35,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     paper.HEAVY: ("--range_weight", "0", "--weight_decay", "4e-4"),
     paper.FIXED: ("--range_alpha", "10", "--range_trainable", "false"),
     paper.PAPER: (),
-    paper.AWARE: size_aware("0.001", "raw"),
+    paper.AWARE: size_aware("std", "0.001", "raw"),
 }
 
 

@@ -4,7 +4,8 @@
     python scripts/study.py --data_dir DIR --text_model DIR --proxies cifar10 --seeds 0 1 2
 
 DIR holds imagenette160/, cifar10/, qnli/ and models/mobilenet_v1_0.75_224 (parquet files with `image` and `label`, or question,
-sentence and label). The first seed of `--seeds` also gets AdaRound and clusterings. The same command skips what is done and
+sentence and label). With the first of `--seeds`
+three forms (none, the paper's, the recommended one) also get AdaRound and clusterings. The same command skips what is done and
 goes on where it was stopped; tables hold what there is (mean and spread over seeds), in study.md, study.csv and a plot.
 """
 
@@ -19,7 +20,7 @@ from transformers import HfArgumentParser
 
 import steps
 import study_table
-from proxies import PROXIES, Run
+from proxies import BASELINE, PAPER, PROXIES, Run
 
 STUDIED = ("imagenette", "cifar10", "qnli")
 
@@ -60,10 +61,11 @@ def runs(args: StudyArguments) -> list[Run]:
     found = []
     for seed in args.seeds:
         for proxy in args.proxies:
+            closely = (BASELINE, PAPER, PROXIES[proxy].recommended)
             for form in PROXIES[proxy].forms:
                 if args.forms is None or form in args.forms:
                     where = (Path(args.output_dir), args.data_dir, args.text_model or "")
-                    found.append(Run(proxy, form, seed, *where, full=seed == args.seeds[0]))
+                    found.append(Run(proxy, form, seed, *where, full=seed == args.seeds[0] and form in closely))
     return found
 
 
