@@ -13,6 +13,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 
 from hf_r2.attach import attach_shared_, show_encoded_
+from hf_r2.coded import await_streams_, code_streams, decode_streams_
 from hf_r2.encoders.activations import InputQuantizer
 from hf_r2.float_passes import build_skeleton_
 from hf_r2.integrity import checksums, verify
@@ -57,6 +58,7 @@ class R2HfQuantizer(HfQuantizer):
         for name, layout in _layouts(model, self.quantization_config, shapes).items():
             module = model.get_submodule(name)
             build_packed_(module, layout, dtype or torch.get_default_dtype())
+            await_streams_(module, name)
             if layout.act_bits is not None and not is_table(module):
                 module.add_module("input_quantizer", InputQuantizer(layout.act_bits, layout.act_range))
         _check_shapes(model, shapes)
@@ -67,6 +69,7 @@ class R2HfQuantizer(HfQuantizer):
         if stage == "packed" and self.pre_quantized:
             _restore_dtypes(model)
             _check_loaded(model)
+            decode_streams_(model)
             finish_packed_(model, self.quantization_config)
         elif stage == "prepared":  # trained further as a float model: hf_quantizer would keep Trainer from saving it
             show_encoded_(model)
@@ -76,8 +79,17 @@ class R2HfQuantizer(HfQuantizer):
             finish_packed_(model, quantize_(model, self.quantization_config, None))
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
-        """The state dict to save, and the checksums that go into the header of each file."""
-        state_dict = model.state_dict()
+        """The state dict to save, and the checksums that go into the header of each file.
+
+        Notes on the config, which transformers saves next, which tensors are entropy-coded.
+        """
+        state_dict, streams, config = model.state_dict(), {}, self.quantization_config
+        if config.storage == "entropy":
+            state_dict, streams = code_streams(model, state_dict)
+        for name in packed_layers(model):
+            layer = config.layers[relative_name(model, name)]
+            layer.pop("streams", None)
+            layer |= {"streams": streams[name]} if name in streams else {}
         return state_dict, checksums(state_dict)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:

@@ -57,6 +57,9 @@ class Layout:
     adapter_rank: int = 0  # of the low-rank adapter beside the codes, 0 for none
     adapter_kernel: str = "right"  # the side of its factors that the weight's kernel is on, see `hf_r2.lowrank`
     adapter_bits: int = FLOAT_BITS
+    streams: dict[str, int] | None = (
+        None  # bytes of the tensors that the checkpoint holds entropy-coded, see `hf_r2.coded`
+    )
 
     def __post_init__(self) -> None:
         Grid(self.bits)

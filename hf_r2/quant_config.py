@@ -16,8 +16,9 @@ from hf_r2.layers import matches
 from hf_r2.ptq import PTQ_METHODS
 from hf_r2.spec import LayerSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STAGES = ("recipe", "prepared", "packed")
+STORAGES = {"packed": 1, "entropy": 2}  # each with the lowest format version that can read it
 SHARED = [f.name for f in fields(FloatPasses)]
 OVERRIDABLE = ("weight_bits", "granularity", "symmetric", "act_bits", "act_range", "options")
 
@@ -38,6 +39,8 @@ class R2QuantConfig(QuantizationConfigMixin):
         skip: globs of layer names that stay in float.
         first_last_bits: width of the weights and inputs of the first and the last layer; None (the papers' protocol): as
             the rest. The official codes of SQuant, BRECQ and PD-Quant keep 8 there.
+        storage: "packed" (files hold exactly the bits) or "entropy" (codes and palettes entropy-coded as well: smaller files,
+            the same model once loaded). It can be changed on a packed model's `config.quantization_config` before saving.
 
     `skeleton` (what folding and equalization changed), `layers`, `stage` and `version` are filled by the library and
     stored in config.json.
@@ -57,11 +60,12 @@ class R2QuantConfig(QuantizationConfigMixin):
         skip: list[str] | tuple[str, ...] = (),
         act_range: str = "static",
         first_last_bits: int | None = None,
+        storage: str = "packed",
         *,
         skeleton: Mapping[str, Any] | None = None,
         layers: Mapping[str, Mapping[str, Any]] | None = None,
         stage: str = "recipe",
-        version: int = FORMAT_VERSION,
+        version: int = 1,
         quant_method: str = "hf_r2",
         **unknown: Any,
     ):
@@ -84,7 +88,7 @@ class R2QuantConfig(QuantizationConfigMixin):
         self.first_last_bits = first_last_bits
         self.skeleton = dict(skeleton or {})
         self.layers = {name: dict(layout) for name, layout in (layers or {}).items()}
-        self.stage, self.version = stage, version
+        self.stage, self.storage = stage, storage
         self._check()
 
     def _check(self) -> None:
@@ -93,6 +97,8 @@ class R2QuantConfig(QuantizationConfigMixin):
         if self.method not in PTQ_METHODS and self.method not in ENCODERS:
             known = ", ".join([*PTQ_METHODS, *ENCODERS])
             raise ValueError(f"no method called {self.method!r}; there are: {known}")
+        if self.storage not in STORAGES:
+            raise ValueError(f"storage must be one of {', '.join(STORAGES)}; got {self.storage!r}")
         for glob, settings in self.overrides.items():
             unknown = set(settings) - set(OVERRIDABLE)
             if unknown:
@@ -104,6 +110,15 @@ class R2QuantConfig(QuantizationConfigMixin):
             check_bits(self.first_last_bits, "first_last_bits")
         for spec in self._specs():
             check_options(spec)
+
+    @property
+    def version(self) -> int:
+        """Format version of the checkpoints written with this config: the lowest that can read them."""
+        return STORAGES[self.storage]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, and the format version."""
+        return {**super().to_dict(), "version": self.version}
 
     def _spec(self, settings: Mapping[str, Any] | None = None) -> LayerSpec:
         own = {name: getattr(self, name) for name in OVERRIDABLE}

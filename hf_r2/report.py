@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from hf_r2.coded import CODES, code_streams
+from hf_r2.entropy import entropy
 from hf_r2.layers import is_table, weight_layers
 from hf_r2.packed_layers import encoded, packed_layers
 
@@ -16,15 +19,20 @@ def report(model: nn.Module) -> dict[str, Any]:
 
     Keys: `bits_per_weight` (effective, over all packed weights), `bits_per_weight_all` (weights left in float counted
     with their own width), `size_bytes` (all tensors of the checkpoint), `float16_bytes`, `compression` (against float16),
-    `first_layer`, `last_layer` (name and bits, 16 or 32 if left in float), `policy`, `notes` (what folding and equalization
-    did, what became of ReLU6, which pairs were left alone), `layers` (list of name, kind, shape,
-    bits, dim (weights for each code), rank (of the adapter, 0 without one), bits_per_weight).
+    `storage` (of the config; sizes are those of entropy-coded tensors where it says so), `entropy` (of single codes, in bits
+    per weight: what entropy-coded codes come close to; scales and palettes are not in it), `first_layer`, `last_layer`
+    (name and bits, 16 or 32 if left in float), `policy`, `notes` (what folding and equalization did, what became of ReLU6,
+    which pairs were left alone), `layers` (list of name, kind, shape, bits, dim (weights for each code), rank (of the
+    adapter, 0 without one), entropy, bits_per_weight).
 
     Raises ValueError for a model that is not packed.
     """
     packed = packed_layers(model)
     if not packed:
         raise ValueError("report needs a packed model: call quantize(model, config) first")
+    state_dict = model.state_dict()
+    storage = getattr(_config(model), "storage", "packed")
+    coded, streams = code_streams(model, state_dict) if storage == "entropy" else (state_dict, {})
     rows, seen = [], set()
     for name, module in packed.items():
         if id(module.weight_packed) in seen:
@@ -32,11 +40,17 @@ def report(model: nn.Module) -> dict[str, Any]:
         seen.add(id(module.weight_packed))
         e = encoded(module)
         count, bits = math.prod(e.weight_shape), e.stored_bits()
+        for key, length in streams.get(name, {}).items():
+            tensor = state_dict[f"{name}.{key}"]
+            bits += 8 * length - (
+                e.codes.numel() * e.bits if key == CODES else 8 * tensor.numel() * tensor.element_size()
+            )
         kind = "palette" if e.centroids is not None else "affine"
         rows.append({"name": name, "kind": kind, "shape": list(e.weight_shape), "bits": e.bits, "numel": count})
         rows[-1] |= {
             "dim": e.dim,
             "rank": 0 if e.adapter is None else e.adapter.rank,
+            "entropy": entropy(e.codes) * e.codes.numel() / max(count, 1),
             "stored_bits": bits,
             "bits_per_weight": bits / max(count, 1),
         }
@@ -45,7 +59,7 @@ def report(model: nn.Module) -> dict[str, Any]:
         for layer in weight_layers(model)
     ]
     numel, stored = sum(r["numel"] for r in rows), sum(r["stored_bits"] for r in rows)
-    size = _unique_bytes(model)
+    size = checkpoint_bytes(model, coded)
     plain = 2 * (numel + _float_elements(model))
     first, last = _ends(model)
     return {
@@ -54,16 +68,21 @@ def report(model: nn.Module) -> dict[str, Any]:
         "size_bytes": size,
         "float16_bytes": plain,
         "compression": plain / max(size, 1),
+        "storage": storage,
+        "entropy": sum(r["entropy"] * r["numel"] for r in rows) / max(numel, 1),
         "first_layer": first,
         "last_layer": last,
         "policy": _policy(first, last, rows),
-        "notes": list(_skeleton(model).get("notes", [])),
+        "notes": list((getattr(_config(model), "skeleton", None) or {}).get("notes", [])),
         "layers": rows,
     }
 
 
-def _unique_bytes(model: nn.Module) -> int:
-    tensors = {t.data_ptr() or id(t): t for t in model.state_dict().values()}
+def checkpoint_bytes(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> int:
+    """Bytes of all tensors that are saved; what tied layers share counts once, tables that are made anew do not count."""
+    left_out = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    saved = (model.state_dict() if state_dict is None else state_dict).items()
+    tensors = {t.data_ptr() or id(t): t for key, t in saved if key not in left_out}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
@@ -71,11 +90,9 @@ def _float_elements(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.is_floating_point())
 
 
-def _skeleton(model: nn.Module) -> dict[str, Any]:
-    config = getattr(getattr(model, "config", None), "quantization_config", None) or model.__dict__.get(
-        "r2_quant_config"
-    )
-    return getattr(config, "skeleton", None) or {}
+def _config(model: nn.Module) -> Any:
+    own = getattr(getattr(model, "config", None), "quantization_config", None)
+    return own or model.__dict__.get("r2_quant_config")
 
 
 def _ends(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:

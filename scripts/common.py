@@ -33,7 +33,7 @@ from transformers import (
 from hf_r2 import R2QuantConfig
 from hf_r2.metrics import Accuracy
 from hf_r2.model_card import FRACTIONS
-from hf_r2.report import report
+from hf_r2.report import checkpoint_bytes, report
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hf_r2", "torch", "transformers", "datasets", "accelerate", "evaluate")
@@ -90,12 +90,12 @@ def git_commit() -> str:
 
 def float_row(name: str, model: nn.Module, score: Mapping[str, Any], range_loss: str | None) -> dict[str, Any]:
     """The float model's row of results: its own width, all tensors of its checkpoint; `score` is the metric by its name."""
-    tensors = {t.data_ptr(): t for t in model.state_dict().values()}.values()
+    size = checkpoint_bytes(model)
     bits = max((p.element_size() * 8 for p in model.parameters()), default=32)
     return {
         "name": name, "method": None, "weight_bits": None, "act_bits": None, "granularity": None, **score,
-        "bits_per_weight": float(bits), "size_bytes": sum(t.numel() * t.element_size() for t in tensors),
-        "range_loss": range_loss,
+        "bits_per_weight": float(bits), "size_bytes": size, "range_loss": range_loss,
+        "compression": 2 * sum(p.numel() for p in model.parameters()) / max(size, 1),
     }  # fmt: skip
 
 
@@ -108,17 +108,20 @@ def packed_row(
         "name": name, "method": config.method, "weight_bits": config.weight_bits, "act_bits": config.act_bits,
         "granularity": config.granularity, **score, "range_loss": range_loss,
         **{key: sizes[key] for key in ("bits_per_weight", "bits_per_weight_all", "size_bytes")},
-        **{key: sizes[key] for key in ("compression", "policy")},
+        **{key: sizes[key] for key in ("compression", "storage", "entropy", "policy")},
     }  # fmt: skip
 
 
 def table(rows: Iterable[Mapping[str, Any]], metric: str = "accuracy") -> str:
     """Rows of results as a Markdown table; fractions in percent, BLEU as it is, sizes in MB (10^6 bytes)."""
     percent = metric in FRACTIONS
-    lines = [f"| model | {metric}{' %' if percent else ''} | bits per weight | size MB |", "|---|---:|---:|---:|"]
+    heads = ["model", f"{metric}{' %' if percent else ''}", "bits per weight", "size MB", "times smaller than float16"]
+    lines = [f"| {' | '.join(heads)} |", "|---|---:|---:|---:|---:|"]
     for r in rows:
         score, size = r[metric] * (100 if percent else 1), r["size_bytes"] / 1e6
-        lines.append(f"| {r['name']} | {score:.2f} | {r['bits_per_weight']:.2f} | {size:.3f} |")
+        lines.append(
+            f"| {r['name']} | {score:.2f} | {r['bits_per_weight']:.2f} | {size:.3f} | {r['compression']:.2f} |"
+        )
     return "\n".join(lines)
 
 

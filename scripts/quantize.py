@@ -30,6 +30,7 @@ import data_files
 import measuring
 from hf_r2 import R2QuantConfig, RangeLoss, quantize
 from hf_r2.model_card import FRACTIONS
+from hf_r2.quant_config import STORAGES
 from hf_r2.report import report
 from images import BAD_IMAGES
 
@@ -74,6 +75,9 @@ class QuantizeArguments:
     target_lang: str = field(default="de", metadata={"help": "Language of the translations."})
     num_beams: int = field(default=4, metadata={"help": "Beams of the search for a translation."})
     seed: int = field(default=0, metadata={"help": "Seed of the choice of calibration samples, and of the methods."})
+    storage: str = field(
+        default="packed", metadata={"help": "How weights are stored, 'entropy': coded.", "choices": list(STORAGES)}
+    )
     save_dir: str | None = field(
         default=None,
         metadata={"help": "Packed models go into its folders METHOD-WIDTH-GRANULARITY; cells measured before do not."},
@@ -110,6 +114,7 @@ def cells(args: QuantizeArguments) -> list[dict[str, Any]]:
                     "method": method, "width": width, "weight_bits": int(match[1]), "act_bits": act_bits,
                     "granularity": granularity, "symmetric": args.symmetric or method == "requant",
                     "options": options.get(method, {}), "first_last_bits": args.first_last_bits,
+                    "storage": None if args.storage == "packed" else args.storage,  # as in files of before there was a choice
                 })  # fmt: skip
     return found
 
@@ -117,9 +122,10 @@ def cells(args: QuantizeArguments) -> list[dict[str, Any]]:
 def run(cell: dict[str, Any], model: PreTrainedModel, data: Data, save_dir: str | None = None) -> dict[str, Any]:
     """Quantizes once, measures, and saves if asked; a cell that the library refuses keeps its message."""
     keys = ("method", "weight_bits", "act_bits", "granularity", "symmetric", "options", "first_last_bits")
+    recipe: dict[str, Any] = {key: cell[key] for key in keys} | {"storage": cell.get("storage") or "packed"}
     start = time.perf_counter()
     try:
-        packed = quantize(model, R2QuantConfig(**{key: cell[key] for key in keys}), data.calibration)
+        packed = quantize(model, R2QuantConfig(**recipe), data.calibration)
     except ValueError as error:
         return {**cell, "error": str(error)}
     seconds = time.perf_counter() - start
@@ -128,7 +134,11 @@ def run(cell: dict[str, Any], model: PreTrainedModel, data: Data, save_dir: str 
     measured["eval_s"] = time.perf_counter() - start
     if save_dir is not None:
         packed.save_pretrained(Path(save_dir) / f"{cell['method']}-{cell['width']}-{cell['granularity']}")
-    return {**cell, **measured, **{key: said[key] for key in ("bits_per_weight", "policy", "notes")}}
+    return {
+        **cell,
+        **measured,
+        **{key: said[key] for key in ("bits_per_weight", "compression", "entropy", "policy", "notes")},
+    }
 
 
 def shapes(model: PreTrainedModel) -> dict[str, dict[str, float]]:
@@ -147,7 +157,7 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def basis(args: QuantizeArguments) -> dict[str, Any]:
     """What every cell depends on."""
-    free = ("methods", "widths", "granularities", "options", "save_dir")
+    free = ("methods", "widths", "granularities", "options", "storage", "save_dir")
     return {k: v for k, v in asdict(args).items() if k not in free}
 
 
@@ -157,7 +167,7 @@ def measured_before(content: dict[str, Any], args: QuantizeArguments) -> list[di
 
 
 def table(rows: list[dict[str, Any]], granularity: str) -> str:
-    """Methods by widths: accuracy in percent or BLEU; in brackets seconds of quantizing and effective bits per weight."""
+    """Methods by widths: accuracy in percent or BLEU; in brackets seconds taken, bits per weight, float16 over size."""
     rows = [row for row in rows if row["granularity"] == granularity]
     widths = list(dict.fromkeys(row["width"] for row in rows))
     lines = [f"| {granularity} | {' | '.join(widths)} |", "|---|" + "---|" * len(widths)]
@@ -173,7 +183,9 @@ def text(row: dict[str, Any] | None) -> str:
     if row is None or "error" in row:
         return "-" if row is None else "refused"
     metric = "bleu" if "bleu" in row else "accuracy"
-    return f"{shown(row[metric], metric).removesuffix(' %')} ({row['time_s']:.0f} s, {row['bits_per_weight']:.2f} b)"
+    smaller = f", {row['compression']:.1f}x" if "compression" in row else ""
+    score = shown(row[metric], metric).removesuffix(" %")
+    return f"{score} ({row['time_s']:.0f} s, {row['bits_per_weight']:.2f} b{smaller})"
 
 
 def shown(score: float, metric: str) -> str:

@@ -151,6 +151,9 @@ def test_report_by_hand():
     assert said["size_bytes"] == 15 + 16 + 9 + 24 + 4 * 6  # and the bias in float32
     assert said["compression"] == pytest.approx(2 * (64 + 6) / said["size_bytes"])
     assert said["policy"] == "first and last layers at 3 bits, like the rest"
+    packed = quantize(nn.Linear(4, 2, bias=False), R2QuantConfig(weight_bits=1, symmetric=False))
+    packed.weight_packed.data[:] = 0b11000001  # three codes of eight are 1
+    assert report(packed)["entropy"] == pytest.approx(-(3 * math.log2(3 / 8) + 5 * math.log2(5 / 8)) / 8)
     palette = report(quantize(model, R2QuantConfig(method="dkm", weight_bits=2)))
     assert palette["bits_per_weight"] == pytest.approx((2 * 64 + 2 * 4 * 32) / 64)
 

@@ -75,7 +75,7 @@ def test_a_table_and_going_on_with_it(tmp_path):
     saved = AutoModelForImageClassification.from_pretrained(tmp_path / "packed/nearest-W4A8-per_channel").eval()
     test = images.Pictures(load_dataset("parquet", data_files=str(tmp_path / "test.parquet"))["train"], 32, "", "test")
     assert measuring.accuracy(saved, test.batches(50), test.labels) == rows["nearest", "W4A8"]["accuracy"]
-    cell = f"{rows['nearest', 'W4A8']['bits_per_weight']:.2f} b)"
+    cell = f"{rows['nearest', 'W4A8']['bits_per_weight']:.2f} b, "
     assert cell in next(line for line in first.stdout.splitlines() if line.startswith("| nearest |"))
     assert "| adaround |" in first.stdout and "| per_channel | W8A32 | W4A8 |" in first.stdout
     second = run_script(
