@@ -1,6 +1,10 @@
 """A packed checkpoint as a file for another runtime, with a report of what that runtime does with it.
 
     python scripts/export.py --model_name_or_path FOLDER --format onnx --output model.onnx --seam_file train.parquet
+    python scripts/export.py --model_name_or_path FOLDER --format native --output NEW_FOLDER
+
+`float` and `native` are checkpoints that transformers loads without hf_r2: decoded weights, and the integer linear layers that
+transformers 5.23 has itself.
 
 Images for `--seam_file`: parquet files with `image`; they set the grids of residual sums, which makes a residual network
 integer throughout. Without it the file computes exactly the model.
@@ -8,6 +12,7 @@ integer throughout. Without it the file computes exactly the model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +24,14 @@ from transformers import AutoConfig, HfArgumentParser, PreTrainedModel
 
 import common
 from hf_r2.export.onnx import OPSET, check_packages, to_onnx
+from hf_r2.export.plain import to_float, to_native
+from hf_r2.report import report
 from images import Pictures
+
+FOLDERS: dict[str, Callable[..., dict[str, Any]]] = {
+    "float": to_float,
+    "native": to_native,
+}  # formats that are checkpoints
 
 
 @dataclass
@@ -27,8 +39,8 @@ class ExportArguments:
     """What to export, and as what."""
 
     model_name_or_path: str = field(metadata={"help": "A packed checkpoint: a folder, or a name on the Hub."})
-    output: str = field(metadata={"help": "The file to write; the report goes beside it, as FILE.json."})
-    format: str = field(default="onnx", metadata={"help": "What to write.", "choices": ["onnx"]})
+    output: str = field(metadata={"help": "The file or folder to write; the report goes beside it, as OUTPUT.json."})
+    format: str = field(default="onnx", metadata={"help": "What to write.", "choices": ["onnx", *FOLDERS]})
     opset: int = field(default=OPSET, metadata={"help": "ONNX operator set, 18 or higher."})
     dynamic: bool = field(default=False, metadata={"help": "Leave batch size and text length open."})
     batch_size: int = field(default=1, metadata={"help": "Samples in a batch, where it is not left open."})
@@ -56,24 +68,38 @@ def example(model: PreTrainedModel, args: ExportArguments) -> dict[str, Any]:
     return inputs | ({"decoder_input_ids": ids.clone()} if model.config.is_encoder_decoder else {})
 
 
-def main() -> None:
-    """Load, export, say what runs on integers and what does not."""
-    (args,) = HfArgumentParser(ExportArguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
-    check_packages()
-    common.go_offline_if_hub_is_unreachable()
-    model, seams = load(args.model_name_or_path), None
+def write(model: PreTrainedModel, args: ExportArguments) -> dict[str, Any]:
+    """Exports, and returns the report."""
+    if args.format in FOLDERS:
+        return FOLDERS[args.format](model, args.output)
+    seams = None
     if args.seam_file is not None:
         data = load_dataset("parquet", data_files=args.seam_file, split=f"train[:{args.seam_samples}]")
         seams = Pictures(data, args.image_size, args.model_name_or_path, "seams").batches(args.batch_size)
-    file = Path(args.output)
-    said = to_onnx(model, file, example(model, args), seams=seams, dynamic=args.dynamic, opset=args.opset)
-    common.write_json(file.with_name(file.name + ".json"), {**common.provenance(vars(args), 0), **said})
-    integer = len(said["layers"]) - len(said["float_layers"])
+    return to_onnx(model, args.output, example(model, args), seams=seams, dynamic=args.dynamic, opset=args.opset)
+
+
+def main() -> None:
+    """Load, export, say what runs on integers and what does not."""
+    (args,) = HfArgumentParser(ExportArguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    if args.format == "onnx":
+        check_packages()
+    common.go_offline_if_hub_is_unreachable()
+    model, output = load(args.model_name_or_path), Path(args.output)
+    said = write(model, args)
+    common.write_json(output.with_name(output.name + ".json"), {**common.provenance(vars(args), 0), **said})
+    whole, smaller = len(said["layers"]), report(model)["float16_bytes"] / said["size_bytes"]
     print(
-        f"{file}: {said['size_bytes'] / 1e6:.2f} MB; {integer} of {len(said['layers'])} layers on packed or integer weights"
+        f"{output}: {said['size_bytes'] / 1e6:.2f} MB, {smaller:.2f} times smaller than float16; "
+        f"{whole - len(said['float_layers'])} of {whole} layers on packed or integer weights"
     )
+    reasons: dict[str, list[str]] = {}
     for name, why in said["float_layers"].items():
-        print(f"  float: {name}: {why}")
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        print(f"  float: {why}: {', '.join(names)}")
+    for note in said["notes"]:
+        print(f"  {note}")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ LEVELS = [
     {"quant_config", "report", "tied", "saving"},
     {"road"},
     {"checkpoint"},
-    {"verbs", "export/__init__", "export/onnx_codes", "export/onnx_graph"},
+    {"verbs", "export/__init__", "export/plain", "export/onnx_codes", "export/onnx_graph"},
     {"export/onnx_layers", "export/onnx_seams"},
     {"export/onnx_dress"},
     {"export/onnx_report"},
@@ -92,7 +92,17 @@ LEVELS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 WITH_TRANSFORMERS = {
-    *("export/onnx", "quant_config", "tied", "saving", "road", "checkpoint", "trainer", "training_args"),
+    *(
+        "export/onnx",
+        "export/plain",
+        "quant_config",
+        "tied",
+        "saving",
+        "road",
+        "checkpoint",
+        "trainer",
+        "training_args",
+    ),
     *("hub", "model_card", "metrics"),
 }
 
