@@ -1,9 +1,16 @@
 """Who imports whom: downwards only, and transformers only where it has to be."""
 
 import ast
+import importlib
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+import hf_r2
 
 PACKAGE = Path(__file__).parents[1] / "hf_r2"
 FILES = sorted(p.relative_to(PACKAGE).with_suffix("").as_posix() for p in PACKAGE.rglob("*.py"))
@@ -24,6 +31,7 @@ LEVELS = [
         "batches",
         "loss_division",
         "optimizer_groups",
+        "registration",
     },
     {
         "packing",
@@ -133,6 +141,63 @@ def test_transformers_is_imported_only_where_it_has_to_be(name):
 
 def test_every_file_has_its_level():
     assert set(FILES) == set(LEVEL)
+
+
+NOTED = """
+import sys
+noted = []
+sys.addaudithook(lambda event, _: noted.append(event) if event in ("socket.connect", "subprocess.Popen", "os.system") else None)
+"""
+
+
+def in_a_new_process(code):
+    """What `code`, which makes a dict `said`, finds in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PACKAGE.parent)}
+    code = f"{NOTED}{code}\nimport json\nprint(json.dumps(said))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_importing_us_loads_nothing_else_and_registers_when_models_are_there():
+    said = in_a_new_process("""
+before = set(sys.modules)
+import hf_r2
+said = {"alone": sorted(m for m in set(sys.modules) - before if m.split(".")[0] not in sys.stdlib_module_names)}
+import torch, transformers
+heavy = ("transformers.modeling_utils", "transformers.quantizers.auto", "datasets")
+said["transformers"] = [m for m in heavy if m in sys.modules]
+from transformers import BertModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+said["registered"] = [table["hf_r2"].__name__ for table in (AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING)]
+said["trainer"] = [m for m in ("transformers.trainer", "datasets", "hf_r2.trainer") if m in sys.modules]
+said["finders"] = [type(finder).__name__ for finder in sys.meta_path if type(finder).__module__.startswith("hf_r2")]
+said["loader"] = type(sys.modules["transformers.modeling_utils"].__loader__).__name__
+hf_r2.quantize, hf_r2.R2Trainer
+said["noted"] = noted
+""")
+    assert said == {
+        "alone": ["hf_r2", "hf_r2.registration"], "transformers": [], "registered": ["R2HfQuantizer", "R2QuantConfig"],
+        "trainer": [], "finders": [], "loader": "SourceFileLoader", "noted": [],
+    }  # fmt: skip
+
+
+def test_importing_us_after_the_models_registers_at_once():
+    said = in_a_new_process("""
+import transformers.modeling_utils
+import hf_r2
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+said = {"registered": AUTO_QUANTIZER_MAPPING["hf_r2"].__name__}
+""")
+    assert said == {"registered": "R2HfQuantizer"}
+
+
+def test_every_public_name_is_there():
+    for name in hf_r2.__all__:
+        assert getattr(hf_r2, name) is vars(importlib.import_module(f"hf_r2.{hf_r2._HOME[name]}"))[name]
+    assert set(hf_r2.__all__) == set(hf_r2._HOME) and set(hf_r2.__all__) <= set(dir(hf_r2))
+    with pytest.raises(AttributeError, match="module 'hf_r2' has no attribute 'quantise'"):
+        hf_r2.quantise  # noqa: B018
 
 
 def test_files_stay_small():
