@@ -216,6 +216,20 @@ def test_options_change_the_result():
         assert any(not torch.equal(plain[key], other[key]) for key in plain), change
 
 
+@pytest.mark.parametrize("bits, corrected", [(8, False), (7, True)])
+def test_biases_are_corrected_below_eight_bits_unless_told(bits, corrected):
+    model, batches = float_model("mobilenet_v1"), _batches("mobilenet_v1")
+    default, yes, no = (
+        quantize(
+            model, R2QuantConfig("adaround", bits, options={"iters": 5, "progress": False, **options}), batches
+        ).state_dict()
+        for options in ({}, {"correct_bias": True}, {"correct_bias": False})
+    )
+    assert any(not torch.equal(yes[key], no[key]) for key in yes)
+    expected = yes if corrected else no
+    assert all(torch.equal(default[key], expected[key]) for key in default)
+
+
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     import hf_r2.ptq.adaround as module
 

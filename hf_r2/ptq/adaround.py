@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from hf_r2.ranges import mse_range
 
 logger = logging.getLogger(__name__)
 
+EXACT = 8  # bits at which biases are left alone by default
+
 
 def adaround_(
     model: nn.Module,
@@ -37,7 +40,7 @@ def adaround_(
     beta: Sequence[float] = (20.0, 2.0),
     warmup: float = 0.2,
     activation: bool = True,
-    correct_bias: bool = True,
+    correct_bias: bool | None = None,
     rows: int = 1024,
     samples: int = 1024,
     seed: int = 0,
@@ -51,7 +54,8 @@ def adaround_(
     form and needs no forward pass). `iters` Adam steps at `lr` on `rows` positions each; the regularizer sets in after the
     share `warmup`, its exponent falls linearly over `beta`. The paper takes 10,000 steps at 1e-3. Of the decided rounding and
     the nearest one the layer keeps that with the smaller error. `correct_bias`: the bias makes up for the mean of the error,
-    so that the rounding is learned for what is left of it (not in the paper). Tables are rounded to nearest.
+    so that the rounding is learned for what is left of it (not in the paper); by default below 8 bits, where that mean is
+    more than what a few hundred samples of another kind of data would show by themselves. Tables are rounded to nearest.
 
     Deterministic for a `seed`. `resume_dir`: a folder where finished layers are noted; an interrupted run goes on there.
 
@@ -60,13 +64,13 @@ def adaround_(
     data = checked(batches, samples)
     settings = RoundingSettings(
         iters=iters, lr=lr, weight_round=weight_round, beta=(beta[0], beta[1]), warmup=warmup, activation=activation,
-        correct_bias=correct_bias, rows=rows, seed=seed,
+        correct_bias=bool(correct_bias), rows=rows, seed=seed,
     )  # fmt: skip
     for weight, encoder in prepared_encoders(model):
         encoder.set_range_(*mse_range(weight, encoder.grid, encoder.axis))
     layers = {layer.name: layer for layer in prepared_layers(model)}
     about = fingerprint({name: layer.weight for name, layer in layers.items()}, data)
-    notes = Notes(resume_dir, {**about, **vars(settings), "method": "adaround"})
+    notes = Notes(resume_dir, {**about, **vars(settings), "method": "adaround", "correct_bias": correct_bias})
     with evaluating(model):
         with float_weights(model):
             graph = read_graph(model, data[0])
@@ -79,7 +83,9 @@ def adaround_(
                     encoder = encoder_of(layers[name])
                     if isinstance(encoder, Affine) and id(encoder) not in done:
                         done.add(id(encoder))
-                        _round_layer_(model, graph, step, layers[name], notes, bar, settings)
+                        corrected = encoder.grid.bits < EXACT if correct_bias is None else correct_bias
+                        own = replace(settings, correct_bias=corrected)
+                        _round_layer_(model, graph, step, layers[name], notes, bar, own)
                     bar.update()
 
 
