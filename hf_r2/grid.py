@@ -90,22 +90,28 @@ def scale_and_zero_point(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor,
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    """Codes of `x`, uint8, in its shape: nearest level (ties to even), clamped to the grid."""
+    """Codes of `x`, uint8, in its shape: clamp(round(x / scale) + zero_point), ties to even, as other runtimes compute it.
+
+    Where the zero point is no integer (1 bit symmetric, learned offsets) its fraction is rounded along with x / scale.
+    (Pictures scaled to [-1, 1] are ties throughout: adding the zero point first would let its rounding decide each of them.)
+    """
     divisor, x = torch.where(scale > 0, scale, torch.ones_like(scale)).detach(), x.detach()
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     zero_point = zero_point.detach().to(divisor.dtype)
+    whole = zero_point.floor()
+    fraction = zero_point - whole
     if x.dim() == 0 or x.numel() <= CHUNK:
-        return codes.copy_((x / divisor).add_(zero_point).round_().clamp_(grid.qmin, grid.qmax))
+        return codes.copy_((x / divisor).add_(fraction).round_().add_(whole).clamp_(grid.qmin, grid.qmax))
     # slice by slice, each in cache from the division to the code; torch turns floats into bytes fastest by way of int32
     step = max(1, CHUNK * len(x) // x.numel())
     levels = torch.empty(x[:step].shape, dtype=torch.result_type(x, divisor), device=x.device)
     numbers = torch.empty(levels.shape, dtype=torch.int32, device=x.device)
     for start in range(0, len(x), step):
         rows = slice(start, start + step)
-        by, zero = (t[rows] if t.dim() == x.dim() and len(t) > 1 else t for t in (divisor, zero_point))
+        by, rest, zero = (t[rows] if t.dim() == x.dim() and len(t) > 1 else t for t in (divisor, fraction, whole))
         part = x[rows]
         level, number = levels[: len(part)], numbers[: len(part)]
-        torch.div(part, by, out=level).add_(zero).round_().clamp_(grid.qmin, grid.qmax)
+        torch.div(part, by, out=level).add_(rest).round_().add_(zero).clamp_(grid.qmin, grid.qmax)
         codes[rows] = number.copy_(level)
     return codes
 

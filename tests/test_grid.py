@@ -1,5 +1,6 @@
 """Golden values, properties and edges of uniform grids."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -48,6 +49,19 @@ def test_one_bit_symmetric_is_the_mean_magnitude():
 def test_ties_go_to_even():
     one, zero = torch.tensor(1.0), torch.tensor(2.0)
     assert quantize(torch.tensor([0.5, 1.5, -0.5]), one, zero, Grid(3, symmetric=False)).tolist() == [2, 4, 2]
+
+
+def test_pictures_in_minus_one_to_one_are_rounded_as_other_runtimes_do():
+    # bytes k as k / 127.5 - 1 lie half way between the levels of [-1, 1]: what is added before rounding decides each of them
+    pictures = ((torch.arange(256) / 255 - 0.5) / 0.5).repeat(2, 1)
+    scale, zero_point = scale_and_zero_point(pictures.min(), pictures.max(), Grid(8, symmetric=False))
+    said = np.clip(
+        np.rint(pictures.numpy() / np.float32(scale)) + np.float32(zero_point), 0, 255
+    )  # ONNX, QuantizeLinear
+    codes = quantize(pictures, scale, zero_point, Grid(8, symmetric=False))
+    assert codes.tolist() == said.tolist() and zero_point == 127
+    summed_first = (pictures / scale + zero_point).round().clamp(0, 255)
+    assert 100 < (summed_first != codes).sum()
 
 
 def test_per_channel_is_each_channel_by_itself():
@@ -120,6 +134,6 @@ def test_slices_give_the_codes_of_the_whole(monkeypatch, axis, dtype):
     x, grid = torch.randn(37, 11, 3).to(dtype), Grid(4, symmetric=False)
     scale, zero_point = scale_and_zero_point(*observed_range(x, grid, axis), grid)
     whole = quantize(x, scale, zero_point, grid)
-    assert torch.equal(whole, (x / scale + zero_point).round().clamp(0, 15).to(torch.uint8))
+    assert torch.equal(whole, ((x / scale).round() + zero_point).clamp(0, 15).to(torch.uint8))
     monkeypatch.setattr("hf_r2.grid.CHUNK", 100)
     assert torch.equal(quantize(x, scale, zero_point, grid), whole)
