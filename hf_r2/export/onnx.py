@@ -119,7 +119,7 @@ def _program(
     """Forms of the layers, the finished graph (`onnx_ir.Model`), and the names of the seams that were quantized."""
     from onnxscript.optimizer import optimize_ir
 
-    from hf_r2.export.onnx_graph import name_weights_, strip_, tidy_
+    from hf_r2.export.onnx_graph import strip_, tidy_
     from hf_r2.export.onnx_seams import quantize_seams_
 
     dressed = _float32_copy(model)
@@ -130,7 +130,6 @@ def _program(
     strip_(program)
     quantized = [] if seams is None else quantize_seams_(program, seams)
     tidy_(program.graph)
-    name_weights_(program.graph)
     return forms, program, quantized
 
 

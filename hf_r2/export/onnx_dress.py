@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,10 +24,14 @@ INT32_MAX = 2**31 - 1
 
 @dataclass(frozen=True)
 class Form:
-    """How a layer is written: `mode` "integer", "dynamic", "blocks", "table" or "float"; for "float" also `why`."""
+    """How a layer is written: `mode` "integer", "dynamic", "blocks", "table" or "float"; for "float" also `why`.
+
+    For the first two also the `digest` of the int8 codes that the kernel reads: what it is known by in other graphs.
+    """
 
     mode: str
     why: str = ""
+    digest: str = ""
 
 
 def dress_(model: nn.Module, blocks: bool) -> dict[str, Form]:
@@ -66,6 +71,9 @@ def _dress_layer_(module: nn.Module, blocks: bool, tied: bool) -> Form:
     _add_decoding_(module, what, tied)
     if form.mode == "integer" and module.bias is not None:
         _add_bias_(module, step * module.weight_step)  # type: ignore[operator]
+    if form.mode in ("integer", "dynamic"):
+        codes = _signed_codes(what)
+        form = replace(form, digest=digest(codes.t() if isinstance(module, OnnxLinear) else codes))
     return form
 
 
@@ -151,10 +159,23 @@ def _add_decoding_(module: nn.Module, what: Encoded, tied: bool) -> None:
         if not what.symmetric:
             module.register_buffer("block_zero", _block_zero(what, what.weight_shape[-1] // size))  # type: ignore[operator]
     if mode in ("integer", "dynamic") and layout.bits == 8 and not tied:
-        codes = (what.codes.int() - 128).to(torch.int8)
+        codes = _signed_codes(what)
         linear = isinstance(module, OnnxLinear)
         module.register_buffer("weight_codes", codes.t().contiguous() if linear else codes)
         del module._parameters["weight_packed"]
+
+
+def digest(codes: Tensor) -> str:
+    """A name for codes, int8, by their shape and content."""
+    array = codes.contiguous().cpu().numpy()
+    return f"{tuple(array.shape)}:{hashlib.sha1(array.tobytes(), usedforsecurity=False).hexdigest()}"
+
+
+def _signed_codes(what: Encoded) -> Tensor:
+    """The int8 codes of `_signed_grid`, in the shape of the weight."""
+    codes = what.codes.int()
+    codes = 2 * codes - 1 if what.bits == 1 and what.symmetric else codes - 2 ** (what.bits - 1)
+    return codes.to(torch.int8)
 
 
 def _signed_grid(what: Encoded) -> tuple[Tensor, Tensor]:

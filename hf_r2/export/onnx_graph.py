@@ -12,7 +12,6 @@ import numpy as np
 import onnx_ir as ir
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
-CODES = ".weight_codes"  # ending of the name of the value that holds a layer's integer codes
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:
@@ -66,20 +65,6 @@ def strip_(model: ir.Model) -> None:
             if value not in ends:
                 value.shape = value.type = None
             value.metadata_props.clear()
-
-
-def name_weights_(graph: ir.Graph) -> None:
-    """Names the codes that integer operators read after their layer, in place: so they are found again in what onnxruntime
-    makes of the graph."""
-    taken: set[str] = set()
-    for node in nodes_of(graph, DEQUANTIZE, "MatMulInteger"):
-        value = start = node.inputs[0 if node.op_type == DEQUANTIZE else 1]
-        while start is not None and (producer := start.producer()) is not None:
-            start = producer.inputs[0] if producer.inputs else None
-        layer, _, kind = str(start.name if start is not None else "").rpartition(".")
-        if kind in ("weight_packed", CODES[1:]) and layer not in taken and value is not None:
-            taken.add(layer)
-            value.name = layer + CODES
 
 
 def bypass_(graph: ir.Graph, node: ir.Node) -> None:

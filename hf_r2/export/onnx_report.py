@@ -12,9 +12,9 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import onnxruntime
+import torch
 
-from hf_r2.export.onnx_dress import Form
-from hf_r2.export.onnx_graph import CODES
+from hf_r2.export.onnx_dress import Form, digest
 
 INTEGER = (
     "QLinearConv", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "ConvInteger"
@@ -36,8 +36,8 @@ def report_on(model: ir.Model, forms: Mapping[str, Form], file: str | Path) -> d
     beside = file.with_name(f".{file.name}.part")
     beside.write_bytes(data)
     beside.replace(file)
-    running = _operators_by_layer(graph)
-    layers = {name: _said(name, form, running) for name, form in forms.items()}
+    running = _operators_by_codes(graph)
+    layers = {name: _said(form, running) for name, form in forms.items()}
     return {
         "size_bytes": len(data),
         "operators": dict(Counter(node.op_type for node in graph.node).most_common()),
@@ -63,17 +63,23 @@ def optimized(model: bytes) -> onnx.GraphProto:
         return onnx.load(options.optimized_model_filepath).graph
 
 
-def _operators_by_layer(graph: onnx.GraphProto) -> dict[str, str]:
-    """{layer: the operator that reads its codes}."""
-    return {
-        name.removesuffix(CODES): node.op_type for node in graph.node for name in node.input if name.endswith(CODES)
-    }
+def _operators_by_codes(graph: onnx.GraphProto) -> dict[str, str]:
+    """{digest of the codes it reads: integer operator}. By content: layers with equal codes, or tied, share a constant."""
+    constants = {i.name: i for i in graph.initializer if len(i.dims) > 1}
+    found = {}
+    for node in graph.node:
+        for name in node.input if node.op_type in INTEGER else ():
+            if name in constants:
+                codes = torch.from_numpy(onnx.numpy_helper.to_array(constants[name]).copy())
+                signed = (codes.int() - 128).to(torch.int8) if codes.dtype == torch.uint8 else codes
+                found[digest(signed)] = found[digest(signed.transpose(0, 1))] = node.op_type
+    return found
 
 
-def _said(name: str, form: Form, running: Mapping[str, str]) -> dict[str, str]:
-    operator = running.get(name, "")
+def _said(form: Form, running: Mapping[str, str]) -> dict[str, str]:
+    operator = running.get(form.digest, "")
     if form.mode in ("integer", "dynamic"):
-        if operator in INTEGER:
+        if operator:
             return {"mode": form.mode, "operator": operator, "why": ""}
         why = "onnxruntime has no integer kernel that gives a float output here (a residual sum reads it): pass seams"
         return {"mode": form.mode, "operator": "float", "why": why}
