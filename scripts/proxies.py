@@ -9,18 +9,19 @@ from steps import Step
 
 PAPER = "soft min-max 0.01 (paper)"
 BASELINE, HEAVY, FIXED = "no range loss", "heavy L2", "soft min-max 0.01, alpha 10 fixed"
+SOFT = ("--range_loss", "soft_min_max")  # not every script's default
 ABSOLUTE: dict[str, tuple[str, ...]] = {
     BASELINE: ("--range_loss", "none"),
     "L-inf 0.01": ("--range_loss", "l_inf"),
     "margin 0.01": ("--range_loss", "margin"),
-    FIXED: ("--range_alpha", "10", "--range_trainable", "false"),
-    PAPER: (),
+    FIXED: (*SOFT, "--range_alpha", "10", "--range_trainable", "false"),
+    PAPER: SOFT,
 }  # range_weight is 0.01 where no flag says otherwise
 
 
 def size_aware(units: str, strength: str, target: str) -> tuple[str, ...]:
     """Flags of a form that measures each weight in its own std, the raw weight or the deployed one."""
-    return ("--range_units", units, "--range_alpha", "3", "--range_target", target, "--range_weight", strength)
+    return (*SOFT, "--range_units", units, "--range_alpha", "3", "--range_target", target, "--range_weight", strength)
 
 
 @dataclass(frozen=True)

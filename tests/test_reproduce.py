@@ -106,10 +106,26 @@ def test_every_step_has_flags_that_its_script_takes(tmp_path):
         assert script in parsers, step
         parsed, unknown = parsers[script].parse_known_args(flags)
         assert not unknown, (step.name, unknown)
+        if hasattr(parsed, "range_loss"):  # scripts differ in what they do where no flag says it
+            assert "--range_loss" in flags or "paper" in str(step.out), step.name
         assert str(parsed.output_dir) == str(step.out)
         assert outs.setdefault(step.out, step.words) == step.words, f"two steps write to {step.out}"
         seen.add(script)
     assert seen == set(takes) and issubclass(R2Seq2SeqTrainingArguments, Seq2SeqTrainingArguments)
+
+
+def test_forms_of_a_proxy_train_with_different_range_losses():
+    for proxy in proxies.PROXIES.values():
+        for form, flags in proxy.forms.items():
+            named = flags[flags.index("--range_loss") + 1]
+            expected = {
+                proxies.BASELINE: "none",
+                proxies.HEAVY: "none",
+                "L-inf 0.01": "l_inf",
+                "margin 0.01": "margin",
+            }
+            assert named == expected.get(form, "soft_min_max"), form
+        assert len(set(proxy.forms.values())) == len(proxy.forms) and proxy.recommended in proxy.forms
 
 
 def test_each_table_has_the_papers_numbers_and_ours_beside_them(tmp_path):
