@@ -1,6 +1,7 @@
 """A packed checkpoint as a file for another runtime, with a report of what that runtime does with it.
 
     python scripts/export.py --model_name_or_path FOLDER --format onnx --output model.onnx --seam_file train.parquet
+    python scripts/export.py --model_name_or_path FOLDER --format coreml --output model.mlpackage
     python scripts/export.py --model_name_or_path FOLDER --format native --output NEW_FOLDER
 
 `float` and `native` are checkpoints that transformers loads without hf_r2: decoded weights, and the integer linear layers that
@@ -23,6 +24,7 @@ from datasets import load_dataset
 from transformers import AutoConfig, HfArgumentParser, PreTrainedModel
 
 import common
+from hf_r2.export import coreml
 from hf_r2.export.onnx import OPSET, check_packages, to_onnx
 from hf_r2.export.plain import to_float, to_native
 from hf_r2.report import report
@@ -40,7 +42,10 @@ class ExportArguments:
 
     model_name_or_path: str = field(metadata={"help": "A packed checkpoint: a folder, or a name on the Hub."})
     output: str = field(metadata={"help": "The file or folder to write; the report goes beside it, as OUTPUT.json."})
-    format: str = field(default="onnx", metadata={"help": "What to write.", "choices": ["onnx", *FOLDERS]})
+    format: str = field(default="onnx", metadata={"help": "What to write.", "choices": ["onnx", "coreml", *FOLDERS]})
+    precision: str = field(
+        default="float32", metadata={"help": "What a Core ML program computes in.", "choices": list(coreml.PRECISIONS)}
+    )
     opset: int = field(default=OPSET, metadata={"help": "ONNX operator set, 18 or higher."})
     dynamic: bool = field(default=False, metadata={"help": "Leave batch size and text length open."})
     batch_size: int = field(default=1, metadata={"help": "Samples in a batch, where it is not left open."})
@@ -72,6 +77,8 @@ def write(model: PreTrainedModel, args: ExportArguments) -> dict[str, Any]:
     """Exports, and returns the report."""
     if args.format in FOLDERS:
         return FOLDERS[args.format](model, args.output)
+    if args.format == "coreml":
+        return coreml.to_coreml(model, args.output, example(model, args), precision=args.precision)
     seams = None
     if args.seam_file is not None:
         data = load_dataset("parquet", data_files=args.seam_file, split=f"train[:{args.seam_samples}]")
@@ -82,8 +89,8 @@ def write(model: PreTrainedModel, args: ExportArguments) -> dict[str, Any]:
 def main() -> None:
     """Load, export, say what runs on integers and what does not."""
     (args,) = HfArgumentParser(ExportArguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
-    if args.format == "onnx":
-        check_packages()
+    if args.format in ("onnx", "coreml"):
+        (check_packages if args.format == "onnx" else coreml.check_package)()
     common.go_offline_if_hub_is_unreachable()
     model, output = load(args.model_name_or_path), Path(args.output)
     said = write(model, args)

@@ -91,7 +91,7 @@ LEVELS = [
     {"quant_config", "report", "tied", "saving"},
     {"road"},
     {"checkpoint"},
-    {"verbs", "export/__init__", "export/plain", "export/onnx_codes", "export/onnx_graph"},
+    {"verbs", "export/__init__", "export/plain", "export/coreml", "export/onnx_codes", "export/onnx_graph"},
     {"export/onnx_layers", "export/onnx_seams"},
     {"export/onnx_dress"},
     {"export/onnx_report"},
