@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +41,9 @@ class ReproduceArguments:
     )
     text_model: str | None = field(default=None, metadata={"help": "proxy, table 6: folder or hub id of an encoder."})
     seed: int = field(default=0, metadata={"help": "Seed of all trainings."})
+    launcher: str = field(
+        default="", metadata={"help": "What starts trainings: 'accelerate launch --num_processes 8'; default: Python."}
+    )
     dry_run: bool = field(default=False, metadata={"help": "Print the steps and their cost, and run nothing."})
     output_dir: str = field(default="runs/study", metadata={"help": "Where runs, tables and plots go."})
 
@@ -73,7 +77,7 @@ def main() -> None:
     if args.dry_run:
         print(steps.plan(wanted, scale.cost))
         return
-    failed = steps.run(wanted)
+    failed = steps.run(wanted, shlex.split(args.launcher))
     out = Path(args.output_dir) / args.scale
     out.mkdir(parents=True, exist_ok=True)
     for number, table in tables.items():

@@ -54,8 +54,10 @@ def plan(steps: Sequence[Step], cost: str) -> str:
     return "\n".join([*lines, "", f"{len(steps)} steps, to go about {left:.0f} {cost}"])
 
 
-def run(steps: Sequence[Step]) -> list[str]:
+def run(steps: Sequence[Step], launcher: Sequence[str] = ()) -> list[str]:
     """Runs what is not done, one after the other; returns the names of those that failed, and goes on behind them.
+
+    Trainings are started by `launcher` (default: Python), such as accelerate launch.
 
     Ctrl-C reaches the script at hand, which keeps its state; then this ends too, with exit code 130.
     """
@@ -64,7 +66,7 @@ def run(steps: Sequence[Step]) -> list[str]:
         if step.done():
             continue
         tqdm.write(f"\n{step.name}: python scripts/{shlex.join(step.command())}")
-        code = _run(step)
+        code = _run(step, launcher)
         if code == 0:
             common.write_json(step.out / DONE, {"words": list(step.words)})
         elif code in (INTERRUPTED, -2):
@@ -75,9 +77,10 @@ def run(steps: Sequence[Step]) -> list[str]:
     return failed
 
 
-def _run(step: Step) -> int:
+def _run(step: Step, launcher: Sequence[str]) -> int:
     script, *flags = step.command()
-    with subprocess.Popen([sys.executable, str(HERE / script), *flags]) as process:
+    start = launcher if launcher and step.resumes else [sys.executable]
+    with subprocess.Popen([*start, str(HERE / script), *flags]) as process:
         try:
             return process.wait()
         except KeyboardInterrupt:  # the script got it too, and is writing its state

@@ -73,6 +73,19 @@ def test_an_interrupted_step_ends_the_run_and_resumes_from_its_checkpoint(fake):
     assert calls(wanted[0])[1].endswith("--resume_from_checkpoint true")
 
 
+def test_a_launcher_starts_trainings_only(fake, tmp_path):
+    launcher = [
+        sys.executable,
+        "-X",
+        "dev",
+        "-c",
+        "import runpy, sys; sys.argv = sys.argv[1:] + ['--launched']; runpy.run_path(sys.argv[0])",
+    ]
+    wanted = [fake("train", resumes=True), fake("table")]
+    assert steps.run(wanted, launcher) == []
+    assert calls(wanted[0])[0].endswith("--launched") and "--launched" not in calls(wanted[1])[0]
+
+
 def test_the_plan_says_what_is_left(fake):
     wanted = [fake("a"), fake("b"), fake("c")]
     steps.run(wanted[:1])
