@@ -68,7 +68,9 @@ def exported(ct, folder, name, precision="float32", **recipe):
     """Report, packed model and {layer: decoded weight, operation} of one export."""
     overrides = {glob: {"weight_bits": bits} for glob, bits in WIDTHS.items()} if name == "bert" else {}
     packed = quantize(float_model(name), R2QuantConfig(**{"overrides": overrides, **recipe}))
-    said = to_coreml(packed, folder / "model.mlpackage", inputs_for(name), precision=precision)
+    inputs = inputs_for(name)
+    inputs |= {"attention_mask": torch.ones_like(inputs["input_ids"])} if "input_ids" in inputs else {}
+    said = to_coreml(packed, folder / "model.mlpackage", inputs, precision=precision)
     operations = program(ct, folder / "model.mlpackage")
     found = {}
     for layer in packed_layers(packed):

@@ -102,6 +102,7 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 WITH_TRANSFORMERS = {
     *(
         "export/onnx",
+        "export/coreml",
         "export/plain",
         "quant_config",
         "tied",

@@ -177,7 +177,7 @@ def _converted(model: _Logits, inputs: Mapping[str, Tensor], precision: str) -> 
         try:
             import coremltools as ct
 
-            graph = torch.export.export(model, tuple(inputs.values())).run_decompositions({})
+            graph = torch.export.export(model, tuple(inputs.values())).run_decompositions(_decompositions())
             return ct.convert(
                 graph,
                 minimum_deployment_target=ct.target.iOS18,
@@ -190,6 +190,14 @@ def _converted(model: _Logits, inputs: Mapping[str, Tensor], precision: str) -> 
         finally:
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
+
+
+def _decompositions() -> dict[Any, Any]:
+    """What coremltools' reader lacks, by what it has: the masks of transformers are made of these."""
+    known, aten = torch.export.default_decompositions(), torch.ops.aten
+    table = {op: known[op] for op in known if str(op).startswith(("aten.new_", "aten.where.Scalar"))}
+    logic = {aten.__and__.Tensor: aten.bitwise_and.Tensor, aten.__or__.Tensor: aten.bitwise_or.Tensor}
+    return {**table, **logic, aten.alias.default: lambda x: x}
 
 
 def operators_of(spec: Any) -> dict[str, int]:
