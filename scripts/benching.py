@@ -1,10 +1,24 @@
-"""What the bench scripts share: candidates that take turns, and the median of their times."""
+"""What the bench scripts share: candidates that take turns, the median of their times, and what processor it was."""
 
 from __future__ import annotations
 
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
+
+FEATURES = (
+    "avx2",
+    "avx512f",
+    "avx_vnni",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "asimddp",
+    "i8mm",
+)  # x86, then Arm
 
 
 def medians(
@@ -28,3 +42,17 @@ def medians(
             if number >= warm_up:
                 times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def processor() -> str:
+    """Name, cores and the features that decide how fast integers are, as Linux gives them; elsewhere only the name."""
+    name, flags = platform.processor() or platform.machine(), set()
+    file = Path("/proc/cpuinfo")
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            name = value.strip()
+        elif key.strip() in ("flags", "Features"):
+            flags = set(value.split())
+    found = " ".join(feature for feature in FEATURES if feature in flags)
+    return f"{name}, {os.cpu_count()} cores, {found or 'features unknown'}"
