@@ -24,6 +24,7 @@ LEVELS = [
         "integrity",
         "hub",
         "model_card",
+        "deployed",
         "metrics",
         "plots",
         "dressed",
@@ -96,12 +97,14 @@ LEVELS = [
     {"export/onnx_dress"},
     {"export/onnx_report"},
     {"export/onnx"},
+    {"export/onnx_parts"},
     {"__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 WITH_TRANSFORMERS = {
     *(
         "export/onnx",
+        "export/onnx_parts",
         "export/coreml",
         "export/plain",
         "quant_config",

@@ -19,7 +19,8 @@ ort = pytest.importorskip("onnxruntime", reason="needs the extra hf_r2[onnx]")
 
 from hf_r2.export import onnx as export  # noqa: E402
 from hf_r2.export.onnx import to_onnx  # noqa: E402
-from hf_r2.export.onnx_dress import room_for_bias  # noqa: E402
+from hf_r2.export.onnx_dress import dress_, room_for_bias  # noqa: E402
+from hf_r2.export.onnx_parts import to_onnx_parts  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:::copyreg", "ignore:::torch", "ignore:::onnxscript")
 
@@ -44,7 +45,6 @@ CASES = [
     ("vit", {"weight_bits": 2, "act_bits": 4, "granularity": "per_tensor", "symmetric": False}),
     ("bert", {"weight_bits": 8, "act_bits": 8}),
     ("mobilebert", {"weight_bits": 1, "act_bits": 8, "act_range": "dynamic"}),
-    ("marian", {"weight_bits": 4}),
     ("gpt2", {"method": "dkm", "weight_bits": 2}),
     ("resnet", {"method": "dkm", "weight_bits": 4, "options": {"dim": 2}}),
 ]
@@ -127,6 +127,36 @@ def test_layers_with_equal_codes_are_each_found_among_the_integer_operators(bert
     assert not said["float_layers"]
 
 
+def test_encoder_and_decoder_are_two_files_that_work_together(tmp_path):
+    packed = quantize(float_model("marian"), R2QuantConfig(weight_bits=4), [inputs_for("marian")])
+    said = to_onnx_parts(packed, tmp_path, inputs_for("marian"))
+    assert said["encoder"]["layers"]["layers.0.fc1"]["operator"] == "MatMulNBits"
+    assert said["decoder"]["layers"]["lm_head"]["operator"] == "MatMulNBits"
+    assert not any("encoder.layers" in name for name in said["decoder"]["layers"])
+    ids = torch.randint(3, 40, (3, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    written = torch.tensor([[1, 5, 6, 7], [1, 9, 3, 3], [1, 3, 8, 9]])
+    with torch.no_grad():
+        ours = packed(input_ids=ids, attention_mask=mask, decoder_input_ids=written).logits
+    encoder, decoder = (ort.InferenceSession(str(tmp_path / f"{part}_model.onnx")) for part in ("encoder", "decoder"))
+    states = encoder.run(["last_hidden_state"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]
+    beside = {"encoder_hidden_states": states, "encoder_attention_mask": mask.numpy()}
+    for length in (1, 4):  # as generation goes on
+        found = decoder.run(None, {"input_ids": written[:, :length].numpy(), **beside})
+        assert len(found) == 1 and distance(torch.from_numpy(found[0]), ours[:, :length]) < 1e-3
+    with pytest.raises(ValueError, match="BertForSequenceClassification is not an encoder with a decoder: to_onnx"):
+        to_onnx_parts(float_model("bert"), tmp_path)
+    with pytest.raises(ValueError, match="inputs of input_ids lack decoder_input_ids"):
+        to_onnx_parts(packed, tmp_path, {"input_ids": ids})
+
+
+def test_two_bit_linear_layers_are_unpacked_at_load_unless_they_are_to_stay_packed():
+    packed = quantize(float_model("bert"), R2QuantConfig(weight_bits=2))
+    for blocks, mode in (((4,), "float"), ((2, 4), "blocks")):
+        assert dress_(copy.deepcopy(packed), blocks)["bert.pooler.dense"].mode == mode
+
+
 def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
     model = float_model("resnet")
     with pytest.raises(ValueError, match=r"needs a packed model: call hf_r2.quantize"):
@@ -141,6 +171,8 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
     packed = quantize(model, R2QuantConfig(weight_bits=4))
     with pytest.raises(ValueError, match="opset 17 has no BitwiseAnd"):
         to_onnx(packed, tmp_path / "a.onnx", opset=17)
+    with pytest.raises(ValueError, match=r"widths that MatMulNBits has, \(2, 4\) or none, got \(3,\)"):
+        to_onnx(packed, tmp_path / "a.onnx", blocks=[3])
     with pytest.raises(ValueError, match=r"cannot be exported with inputs \{'pixel_values': \(2, 3, 2\)\}"):
         to_onnx(packed, tmp_path / "a.onnx", {"pixel_values": torch.zeros(2, 3, 2)})
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxruntime" else builtins.object())

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from hf_r2.attach import prepared_layers
@@ -21,6 +22,7 @@ from hf_r2.packed_layers import adapter_of, packed_layers
 
 LOWEST_OPSET, OPSET = 18, 20
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+BLOCK_BITS, FAST_BLOCKS = (2, 4), (4,)  # widths of MatMulNBits; those that are as fast as a float weight
 FOLD_LIMIT = 64  # constants up to so many elements are computed while exporting; weights stay packed
 
 
@@ -31,8 +33,10 @@ def to_onnx(
     *,
     seams: Iterable[Mapping[str, Tensor]] | None = None,
     dynamic: bool = False,
-    blocks: bool = True,
+    blocks: Iterable[int] = FAST_BLOCKS,
     opset: int = OPSET,
+    names: Mapping[str, str] | None = None,
+    outputs: Iterable[str] | None = None,
 ) -> dict[str, Any]:
     """Writes a packed `model` to `file` (one ONNX file, weights packed as in the checkpoint) and reports on it.
 
@@ -42,9 +46,12 @@ def to_onnx(
             sums). It adds 8-bit roundings that `model` does not have, and lets a residual network stay integer throughout;
             None: the file computes what `model` does.
         dynamic: batch size, and the length of token inputs, may differ from `inputs`.
-        blocks: 2- and 4-bit linear layers with float inputs stay packed in memory (MatMulNBits); False: they are unpacked
-            once, at load, like the other layers with float inputs.
-        opset: 18 or higher.
+        blocks: widths at which linear layers with float inputs stay packed in memory (MatMulNBits, which has 2 and 4 bits);
+            the others are unpacked once, at load, like all other layers with float inputs. 2 is left out by default:
+            onnxruntime computes it slower than the float model.
+        opset: 18 or higher. No 4-bit types are needed: bytes that hold several codes are taken apart by shift and mask.
+        names: other names for inputs of the graph.
+        outputs: the outputs to keep, all by default (of generative models past key values, too).
 
     Returns a dict: `size_bytes`, `opset`, `operators` (of the graph as onnxruntime optimized it, with counts), `layers`
     {name: {"mode", "operator", "why"}}, `float_layers` {name: why}, `seams` (values that were quantized), `notes`.
@@ -56,16 +63,20 @@ def to_onnx(
     _check_model(model)
     if opset < LOWEST_OPSET:
         raise ValueError(f"opset {opset} has no BitwiseAnd, which unpacks weights: take {LOWEST_OPSET} to {OPSET}")
+    blocks = tuple(blocks)
+    if not set(blocks) <= set(BLOCK_BITS):
+        raise ValueError(f"blocks are widths that MatMulNBits has, {BLOCK_BITS} or none, got {blocks}")
     from hf_r2.export.onnx_report import KernelError, report_on
 
     inputs = example_inputs(model) if inputs is None else dict(inputs)
-    forms, program, quantized = _program(model, inputs, seams, dynamic, blocks, opset)
+    ends = (names or {}, None if outputs is None else tuple(outputs))
+    forms, program, quantized = _program(model, inputs, seams, dynamic, blocks, opset, *ends)
     try:
         report = report_on(program, forms, file)
     except KernelError as error:
         if not any(form.mode == "blocks" for form in forms.values()):
             raise
-        forms, program, quantized = _program(model, inputs, seams, dynamic, False, opset)
+        forms, program, quantized = _program(model, inputs, seams, dynamic, (), opset, *ends)
         report = report_on(program, forms, file)
         report["notes"].append(f"linear layers are unpacked at load: {error}")
     return {"opset": opset, **report, "seams": quantized}
@@ -113,8 +124,10 @@ def _program(
     inputs: Mapping[str, Any],
     seams: Iterable[Mapping[str, Tensor]] | None,
     dynamic: bool,
-    blocks: bool,
+    blocks: tuple[int, ...],
     opset: int,
+    names: Mapping[str, str],
+    outputs: tuple[str, ...] | None,
 ) -> tuple[dict[str, Form], Any, list[str]]:
     """Forms of the layers, the finished graph (`onnx_ir.Model`), and the names of the seams that were quantized."""
     from onnxscript.optimizer import optimize_ir
@@ -125,12 +138,21 @@ def _program(
     dressed = _float32_copy(model)
     forms = dress_(dressed, blocks)
     program = exported(dressed, inputs, dynamic, opset)
+    _settle_ends_(program.graph, names, outputs)
     optimize_ir(program, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
     tidy_(program.graph)
     strip_(program)
     quantized = [] if seams is None else quantize_seams_(program, seams)
     tidy_(program.graph)
     return forms, program, quantized
+
+
+def _settle_ends_(graph: Any, names: Mapping[str, str], outputs: tuple[str, ...] | None) -> None:
+    """Renames inputs and drops outputs, in place; optimization takes out what only these need."""
+    for value in graph.inputs:
+        value.name = names.get(value.name, value.name)
+    if outputs is not None:
+        graph.outputs[:] = [value for value in graph.outputs if value.name in outputs]
 
 
 def _float32_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -148,18 +170,21 @@ def exported(
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
 
-    free = {0: torch.export.Dim.AUTO}
-    shapes = {
-        name: {**free, 1: torch.export.Dim.AUTO} if value.dim() == 2 and not value.is_floating_point() else dict(free)
-        for name, value in inputs.items()
-    }
-    config = OnnxConfig(opset_version=opset, optimize=optimize, dynamic_shapes=shapes if dynamic else None)
+    shapes = {name: _free_axes(value) for name, value in inputs.items()} if dynamic else None
+    config = OnnxConfig(opset_version=opset, optimize=optimize, dynamic_shapes=shapes)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.onnx and onnxscript warn of their own deprecated calls
             return OnnxExporter().export(model, dict(inputs), config=config).program
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        sizes = {name: tuple(value.shape) for name, value in inputs.items()}
+        sizes = {name: tuple(value.shape) for name, value in inputs.items() if isinstance(value, Tensor)}
         hint = "; dynamic=False exports these shapes alone" if dynamic else ""
         raise ValueError(f"{type(model).__name__} cannot be exported with inputs {sizes}: {reason}{hint}") from error
+
+
+def _free_axes(value: Any) -> Any:
+    """Axes that may differ from this example: the batch, and the length of token ids and of hidden states."""
+    if not isinstance(value, Tensor):  # an output of an earlier part: torch.export wants the list of what it holds
+        return [_free_axes(leaf) for leaf in tree_leaves(value)]
+    return dict.fromkeys(range(2 if value.dim() in (2, 3) else 1), torch.export.Dim.AUTO)

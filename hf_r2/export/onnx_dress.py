@@ -18,7 +18,6 @@ from hf_r2.packed_layers import Layout, encoded, packed_layers
 from hf_r2.packing import pack_bits
 
 BLOCKS = (256, 128, 64, 32, 16)  # weights that share a scale in MatMulNBits: it allows these
-BLOCK_BITS = (2, 4)
 INT32_MAX = 2**31 - 1
 
 
@@ -34,8 +33,8 @@ class Form:
     digest: str = ""
 
 
-def dress_(model: nn.Module, blocks: bool) -> dict[str, Form]:
-    """Gives every packed layer its ONNX form, in place; `blocks`: linear layers with float inputs go to MatMulNBits.
+def dress_(model: nn.Module, blocks: tuple[int, ...]) -> dict[str, Form]:
+    """Gives every packed layer its ONNX form, in place; `blocks`: widths of linear layers that go to MatMulNBits.
 
     Returns {layer: form}.
     """
@@ -50,7 +49,7 @@ def dress_(model: nn.Module, blocks: bool) -> dict[str, Form]:
     return forms
 
 
-def _dress_layer_(module: nn.Module, blocks: bool, tied: bool) -> Form:
+def _dress_layer_(module: nn.Module, blocks: tuple[int, ...], tied: bool) -> Form:
     what, layout = encoded(module), module.__dict__["weight_layout"]
     quantizer = module._modules.get("input_quantizer")
     inputs = OnnxInput(quantizer) if isinstance(quantizer, InputQuantizer) and not quantizer.dynamic else None
@@ -90,7 +89,7 @@ def _form(
     what: Encoded,
     quantizer: nn.Module | None,
     inputs: OnnxInput | None,
-    blocks: bool,
+    blocks: tuple[int, ...],
 ) -> Form:
     if is_table(module):
         return Form("table")
@@ -98,7 +97,7 @@ def _form(
     if layout.kind == "palette":
         return Form("float", "a palette's levels are no integers")
     if quantizer is None:
-        if linear and blocks and layout.bits in BLOCK_BITS and _block(what) is not None:
+        if linear and layout.bits in blocks and _block(what) is not None:
             return Form("blocks")
         return Form("float", "its inputs are float (no act_bits)")
     if isinstance(module, TRANSPOSED):
