@@ -9,7 +9,7 @@ import torch
 
 from hf_r2 import R2QuantConfig, prepare, quantize
 from hf_r2.encoders.base import Encoded
-from hf_r2.packed_layers import packed_layers
+from hf_r2.packed_layers import adapter_of, packed_layers
 from hf_r2.report import report as size_report
 from tests.models import float_model, inputs_for, logits
 
@@ -39,12 +39,18 @@ def distance(one, other):
     return float((one - other).abs().max() / other.abs().max())
 
 
+def adapted(bits):
+    options = {"base": "nearest", "ranks": "equal", "budget": 0.5, "adapter_bits": bits, "progress": False}
+    return {"method": "cora", "options": options}
+
+
 CASES = [
     ("resnet", {"weight_bits": 8, "act_bits": 8}),
     ("mobilenet_v1", {"weight_bits": 4, "act_bits": 8}),
     ("vit", {"weight_bits": 2, "act_bits": 4, "granularity": "per_tensor", "symmetric": False}),
-    ("bert", {"weight_bits": 8, "act_bits": 8}),
-    ("mobilebert", {"weight_bits": 1, "act_bits": 8, "act_range": "dynamic"}),
+    ("bert", {"weight_bits": 4, **adapted(8)}),
+    ("mobilebert", {"weight_bits": 1, "act_bits": 8, "act_range": "dynamic", **adapted(6)}),
+    ("resnet", {"weight_bits": 3, "act_bits": 8, **adapted(16)}),
     ("gpt2", {"method": "dkm", "weight_bits": 2}),
     ("resnet", {"method": "dkm", "weight_bits": 4, "options": {"dim": 2}}),
 ]
@@ -53,8 +59,13 @@ CASES = [
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_onnxruntime_computes_what_the_packed_model_does(tmp_path, name, settings):
     packed = quantize(float_model(name), R2QuantConfig(**settings), [inputs_for(name)])
-    to_onnx(packed, tmp_path / "model.onnx", inputs_for(name))
+    said = to_onnx(packed, tmp_path / "model.onnx", inputs_for(name))
     ours = logits(packed, name)
+    adapters = {n: layer for n, layer in packed_layers(packed).items() if adapter_of(layer) is not None}
+    for layer, module in adapters.items():  # linear layers keep their codes and get two products beside
+        linear = isinstance(module, torch.nn.Linear) and ("act_bits" in settings or module.in_features % 16 == 0)
+        assert (said["layers"][layer]["mode"] == "float") == (not linear)
+    assert bool(adapters) == (settings.get("method") == "cora")
     assert distance(run(tmp_path / "model.onnx", name), ours) < 1e-3
     assert distance(logits(float_model(name), name), ours) > 1e-3  # quantization is there to be seen
 
@@ -164,10 +175,6 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
     half = prepare(copy.deepcopy(model), R2QuantConfig(method="lsq", weight_bits=4))
     with pytest.raises(ValueError, match=r"half trained: call hf_r2.convert"):
         to_onnx(half, tmp_path / "a.onnx")
-    options = {"base": "nearest", "ranks": "equal", "budget": 0.5, "progress": False}
-    adapted = quantize(model, R2QuantConfig("cora", weight_bits=2, options=options), [inputs_for("resnet")])
-    with pytest.raises(ValueError, match=r"does not write low-rank adapters yet, and .*convolution"):
-        to_onnx(adapted, tmp_path / "a.onnx")
     packed = quantize(model, R2QuantConfig(weight_bits=4))
     with pytest.raises(ValueError, match="opset 17 has no BitwiseAnd"):
         to_onnx(packed, tmp_path / "a.onnx", opset=17)

@@ -18,7 +18,7 @@ from hf_r2.attach import prepared_layers
 from hf_r2.encoders.activations import InputQuantizer
 from hf_r2.export.onnx_dress import Form, dress_
 from hf_r2.graph import example_inputs
-from hf_r2.packed_layers import adapter_of, packed_layers
+from hf_r2.packed_layers import packed_layers
 
 LOWEST_OPSET, OPSET = 18, 20
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -100,12 +100,6 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(
             "to_onnx needs a packed model: call hf_r2.quantize(model, config) first (transformers.exporters.OnnxExporter "
             "exports float ones)"
-        )
-    adapted = [name for name, layer in packed_layers(model).items() if adapter_of(layer) is not None]
-    if adapted:
-        raise ValueError(
-            f"to_onnx does not write low-rank adapters yet, and {', '.join(adapted)} has one: export a model that is "
-            "quantized without cora, or the float model that dequantize() makes, by transformers' own exporter"
         )
     waiting = [
         name

@@ -12,7 +12,7 @@ from hf_r2.dressed import dress, undress
 from hf_r2.encoders.activations import InputQuantizer
 from hf_r2.encoders.base import Encoded
 from hf_r2.export.onnx_codes import Unpacking
-from hf_r2.export.onnx_layers import OnnxInput, OnnxLinear, OnnxTable, OnnxWeight
+from hf_r2.export.onnx_layers import OnnxAdapter, OnnxInput, OnnxLinear, OnnxTable, OnnxWeight
 from hf_r2.layers import TRANSPOSED, is_table
 from hf_r2.packed_layers import Layout, encoded, packed_layers
 from hf_r2.packing import pack_bits
@@ -53,7 +53,9 @@ def _dress_layer_(module: nn.Module, blocks: tuple[int, ...], tied: bool) -> For
     what, layout = encoded(module), module.__dict__["weight_layout"]
     quantizer = module._modules.get("input_quantizer")
     inputs = OnnxInput(quantizer) if isinstance(quantizer, InputQuantizer) and not quantizer.dynamic else None
-    form = _form(module, layout, what, quantizer, inputs, blocks)
+    undress(module)
+    mixin = _mixin(module)
+    form = _form(module, mixin, layout, what, quantizer, inputs, blocks)
     if form.mode == "integer" and module.bias is not None and inputs is not None and not tied:
         what = room_for_bias(what, layout.channel_axis, module.bias.detach().float() / inputs.scale)  # type: ignore[operator]
         module.register_parameter("weight_packed", nn.Parameter(pack_bits(what.codes, what.bits), requires_grad=False))
@@ -61,10 +63,11 @@ def _dress_layer_(module: nn.Module, blocks: tuple[int, ...], tied: bool) -> For
         inputs.arithmetic = form.mode == "float"
         module.add_module("input_quantizer", inputs)
     shape, step = tuple(what.weight_shape), inputs.scale if inputs is not None else None
-    undress(module)
+    if what.adapter is not None:
+        module.add_module("weight_adapter", OnnxAdapter(what.adapter))
     for name in ("weight_decoded", "weight_scale", "weight_zero_point"):
         module._buffers.pop(name, None)
-    dress(module, _mixin(module))
+    dress(module, mixin)
     module.__dict__.update(layout=layout, mode=form.mode, weight_shape=shape, code_shape=tuple(what.codes.shape))
     module.add_module("unpacking", Unpacking(layout.bits))
     _add_decoding_(module, what, tied)
@@ -85,6 +88,7 @@ def _mixin(module: nn.Module) -> type:
 
 def _form(
     module: nn.Module,
+    mixin: type,
     layout: Layout,
     what: Encoded,
     quantizer: nn.Module | None,
@@ -93,13 +97,15 @@ def _form(
 ) -> Form:
     if is_table(module):
         return Form("table")
-    linear = isinstance(module, nn.Linear)
+    linear = mixin is OnnxLinear
     if layout.kind == "palette":
         return Form("float", "a palette's levels are no integers")
     if quantizer is None:
         if linear and layout.bits in blocks and _block(what) is not None:
             return Form("blocks")
         return Form("float", "its inputs are float (no act_bits)")
+    if what.adapter is not None and not linear:
+        return Form("float", "its low-rank adapter is added to the weight at load")
     if isinstance(module, TRANSPOSED):
         return Form("float", "onnxruntime has no integer kernel for transposed convolutions")
     if inputs is None:

@@ -6,6 +6,7 @@ once, when it loads the file; what is left is DequantizeLinear on int8 codes, wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_r2.encoders.activations import InputQuantizer
-from hf_r2.export.onnx_codes import op, unpacked
+from hf_r2.export.onnx_codes import Unpacking, op, unpacked
+from hf_r2.grid import Grid
+from hf_r2.lowrank import FLOAT_BITS, LowRank, fold
 from hf_r2.packed_layers import Layout
+from hf_r2.packing import pack_bits
 from hf_r2.vectors import from_vectors
 
 
@@ -59,6 +63,40 @@ class OnnxInput(nn.Module):
         return x if self.on_grid else x - self.shift
 
 
+class OnnxAdapter(nn.Module):
+    """The two factors of a low-rank adapter, stored as in the checkpoint: two small operators beside a linear layer.
+
+    Beside a weight that is decoded to float anyway they are added to it, once, at load.
+    """
+
+    def __init__(self, stored: LowRank):
+        super().__init__()
+        self.kernel, self.bits = stored.kernel, stored.bits
+        self.shapes = {"left": tuple(stored.left.shape), "right": tuple(stored.right.shape)}
+        for name, codes, scale in (
+            ("left", stored.left, stored.left_scale),
+            ("right", stored.right, stored.right_scale),
+        ):
+            self.register_buffer(name, codes if scale is None else pack_bits(codes, stored.bits))
+            self.register_buffer(f"{name}_scale", scale)
+        self.unpacking = None if stored.bits == FLOAT_BITS else Unpacking(stored.bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the adapter of a linear layer adds to its output: [.., in] to [.., out]."""
+        return F.linear(F.linear(x, self._factor("right")), self._factor("left"))
+
+    def weight(self, shape: Sequence[int]) -> Tensor:
+        """What is added to a weight of this shape."""
+        return fold(self._factor("left") @ self._factor("right"), self.kernel, shape)
+
+    def _factor(self, name: str) -> Tensor:
+        held: Tensor = getattr(self, name)
+        if self.unpacking is None:
+            return held.float()
+        codes = unpacked(held, self.bits, self.shapes[name], self.unpacking)
+        return (codes.float() - Grid(self.bits).symmetric_zero_point) * getattr(self, f"{name}_scale")
+
+
 class OnnxWeight:
     """A layer of any class whose weight is decoded in the graph, and whose input goes through its `input_quantizer`."""
 
@@ -67,7 +105,12 @@ class OnnxWeight:
 
     @property
     def weight(self) -> Tensor:
-        """The decoded weight, float32, in its shape."""
+        """The decoded weight with its adapter, float32, in its shape."""
+        adapter = self.__dict__["_modules"].get("weight_adapter")
+        decoded = self._decoded()
+        return decoded if adapter is None else decoded + adapter.weight(self.weight_shape)  # type: ignore[attr-defined]
+
+    def _decoded(self) -> Tensor:
         if self.layout.kind == "palette":
             return self._looked_up()
         if self.mode in ("integer", "dynamic"):
@@ -126,21 +169,21 @@ class OnnxLinear(OnnxWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        if self.mode == "blocks":
-            return self._blocks(x)
-        if self.mode == "dynamic":
-            return self._dynamic(x)
         quantizer = self.__dict__["_modules"].get("input_quantizer")
-        x = x if quantizer is None else quantizer(x)
-        if self.mode != "integer":
+        x = x if quantizer is None or self.mode == "dynamic" else quantizer(x)
+        if self.mode == "float":
             return F.linear(x, self.weight, self.bias)
-        y = torch.matmul(x, self._input_major())
-        return y if self.bias is None else y + self.bias
+        if self.mode == "dynamic":
+            x, y = self._dynamic(x)
+        else:
+            y = self._blocks(x) if self.mode == "blocks" else torch.matmul(x, self._input_major())
+        adapter = self.__dict__["_modules"].get("weight_adapter")
+        y = y if self.bias is None else y + self.bias
+        return y if adapter is None else y + adapter(x)
 
-    @property
-    def weight(self) -> Tensor:
-        """The decoded weight, [out, in]: for code that reads it elsewhere than in `forward`."""
-        return super().weight if self.mode not in ("integer", "dynamic") else self._input_major().t()
+    def _decoded(self) -> Tensor:
+        """[out, in]: for code that reads the weight elsewhere than in `forward`."""
+        return super()._decoded() if self.mode not in ("integer", "dynamic") else self._input_major().t()
 
     def _input_major(self) -> Tensor:
         return self._dequantized(self._transposed(), None if self.layout.channel_axis is None else 1)
@@ -148,8 +191,11 @@ class OnnxLinear(OnnxWeight):
     def _transposed(self) -> Tensor:
         return self._signed() if "weight_codes" in self.__dict__["_buffers"] else self._signed().t()
 
-    def _dynamic(self, x: Tensor) -> Tensor:
-        """Inputs on the grid of their own range: DynamicQuantizeLinear, MatMulInteger, then one product of scales."""
+    def _dynamic(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs on the grid of their own range: DynamicQuantizeLinear, MatMulInteger, then one product of scales.
+
+        Returns the inputs on their grid, and the products.
+        """
         codes, scale, zero = torch.onnx.ops.symbolic_multi_out(
             "DynamicQuantizeLinear",
             [x],
@@ -160,7 +206,7 @@ class OnnxLinear(OnnxWeight):
         shape = [*x.shape[:-1], self.weight_shape[0]]  # type: ignore[attr-defined]
         sums = op("MatMulInteger", [codes, self._transposed(), zero, self.weight_zero], shape, torch.int32)  # type: ignore[attr-defined]
         y = sums.float() * (scale * self.weight_step)  # type: ignore[attr-defined]
-        return y if self.bias is None else y + self.bias
+        return op("DequantizeLinear", [codes, scale, zero], x.shape, torch.float32), y
 
     def _blocks(self, x: Tensor) -> Tensor:
         out, features = self.weight_shape  # type: ignore[attr-defined]
@@ -168,11 +214,10 @@ class OnnxLinear(OnnxWeight):
         codes = self.weight_packed.view(out, count, -1)  # type: ignore[attr-defined]
         scale = self.weight_scale.view(-1, 1).expand(out, count)  # type: ignore[attr-defined]
         zero = self.__dict__["_buffers"].get("block_zero")
-        y = op(
+        return op(
             "MatMulNBits", [x, codes, scale, *([] if zero is None else [zero])], [*x.shape[:-1], out], torch.float32,
             "com.microsoft", K=features, N=out, bits=self.layout.bits, block_size=self.block, accuracy_level=1,  # type: ignore[attr-defined]
         )  # fmt: skip
-        return y if self.bias is None else y + self.bias
 
 
 class OnnxTable(OnnxWeight):
