@@ -10,6 +10,7 @@ from hf_r2.registration import register as _register
 if TYPE_CHECKING:
     from hf_r2.checkpoint import R2HfQuantizer
     from hf_r2.encoders import ENCODERS
+    from hf_r2.kernels import kernels_of, use_kernels_
     from hf_r2.losses import RANGE_LOSSES, RangeLoss, l_inf, margin, soft_min_max
     from hf_r2.packed_layers import packed_in_memory
     from hf_r2.ptq import PTQ_METHODS
@@ -32,6 +33,7 @@ __all__ = [
     "R2TrainingArguments",
     "RangeLoss",
     "convert",
+    "kernels_of",
     "l_inf",
     "margin",
     "packed_in_memory",
@@ -39,12 +41,14 @@ __all__ = [
     "quantize",
     "soft_min_max",
     "train_adapters_",
+    "use_kernels_",
 ]
 
 # Where each public name is: imported when it is first asked for, since Trainer alone takes as long as torch.
 _PLACES = {
     "checkpoint": ("R2HfQuantizer",),
     "encoders": ("ENCODERS",),
+    "kernels": ("kernels_of", "use_kernels_"),
     "losses": ("RANGE_LOSSES", "RangeLoss", "l_inf", "margin", "soft_min_max"),
     "packed_layers": ("packed_in_memory",),
     "ptq": ("PTQ_METHODS",),

@@ -25,6 +25,7 @@ from hf_r2.packing import pack_bits, packed_bytes, unpack_bits
 from hf_r2.vectors import CONVENTION
 
 STATE = ("weight_packed", "weight_scale", "weight_zero_point", "weight_centroids", "weight_rest")
+KERNEL = "weight_kernel"  # the child that computes a layer's output from its codes, see `hf_r2.kernels`
 _unpack_at_load: ContextVar[bool] = ContextVar("unpack_at_load", default=True)
 
 
@@ -86,6 +87,13 @@ class Layout:
 
 class PackedWeight(QuantizedInput):
     """A packed layer: `weight` is decoded from the codes, once at load or in every forward pass."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward on the quantized input, or that of its kernel where no gradient of the input is wanted."""
+        kernel = self.__dict__["_modules"].get(KERNEL)
+        if kernel is None or x.numel() == 0 or (torch.is_grad_enabled() and x.requires_grad):
+            return super().forward(x, *args, **kwargs)
+        return kernel(x, self.bias)  # type: ignore[attr-defined]
 
     @property
     def weight(self) -> Tensor:
@@ -249,6 +257,7 @@ def dequantize_layer_(module: nn.Module, weight: nn.Parameter) -> None:
     undress(module)
     module._modules.pop("input_quantizer", None)
     module._modules.pop("weight_adapter", None)
+    module._modules.pop(KERNEL, None)
     for name in (*STATE, "weight_decoded"):
         module._buffers.pop(name, None)
         module._parameters.pop(name, None)

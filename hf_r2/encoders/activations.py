@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hf_r2.grid import Grid, fake_quantize, observed_range, scale_and_zero_point
+from hf_r2.grid import Grid, fake_quantize, observed_range, quantize, scale_and_zero_point
 from hf_r2.ranges import mse_range, percentile_range
 
 SAMPLES, BATCHES = 1 << 14, 64  # values kept of each batch, batches that values are kept of
@@ -79,9 +79,17 @@ class InputQuantizer(nn.Module):
             self.observe(x)
         if self.observing or not self.ready:
             return x
+        return fake_quantize(x.float(), *self._grid_of(x), self.grid).to(x.dtype)
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes of `x` (uint8, in its shape), scale and zero point (no dimensions): what `forward` rounds to."""
+        scale, zero_point = self._grid_of(x)
+        return quantize(x.float(), scale, zero_point, self.grid), scale.view(()), zero_point.view(())
+
+    def _grid_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scale, zero_point = self.scale, self.zero_point
         if self.dynamic:
             low, high = observed_range(x.detach().float(), self.grid, None)
             scale, zero_point = scale_and_zero_point(low, high, self.grid)
         assert scale is not None and zero_point is not None  # static ones hold buffers
-        return fake_quantize(x.float(), scale.float(), zero_point.float(), self.grid).to(x.dtype)
+        return scale.float(), zero_point.float()
