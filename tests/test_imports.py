@@ -188,9 +188,9 @@ said["noted"] = noted
 
 
 def test_importing_us_after_the_models_registers_at_once(monkeypatch):
+    assert registration.AWAITED in sys.modules and checkpoint.R2HfQuantizer is hf_r2.R2HfQuantizer
     imported = []
     monkeypatch.setattr(registration.importlib, "import_module", imported.append)
-    assert registration.AWAITED in sys.modules and checkpoint.R2HfQuantizer is hf_r2.R2HfQuantizer
     registration.register()
     assert imported == ["hf_r2.checkpoint"]
 
