@@ -1,278 +1,330 @@
-"""Range losses of many weights at once, with closed-form gradients: one autograd node, few launches, work in cache.
-
-Each loss is a function `_..._rows(x, scalar, grad, scratch)` of R weights of equal size: x [R, n], scalar [R, 1], and
-grad [R, n] to be filled, or None. A weight by itself comes as x [n], scalar [1] and grad [n]. It returns the losses
-and their derivatives in the scalar, stacked [2, R, 1], and a gain [R, 1] that `grad` lacks (None for 1).
-"""
+"""Range losses of many weights at once: one autograd node, two sweeps, sums forward and gradients backward."""
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Container, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 from torch.autograd.function import once_differentiable
 
-CHUNK = 1 << 17  # elements handled at once: with their temporaries 2 MB of float32, which stay in cache
+from hf_r2.range_compiled import add_compiled_, compiled_totals
+from hf_r2.range_forms import (
+    CHUNK,
+    EXCESS,
+    MAGNITUDE,
+    MANY,
+    SOFT_RANGE,
+    Form,
+    Numbers,
+    Scratch,
+    Term,
+    bounds_of,
+    pieces,
+    readable,
+    single,
+    working_dtype,
+)
+from hf_r2.range_shards import Shards, like_shard, shard_of
+
 SMALL = 1 << 15  # weights of equal size up to this one are stacked and handled together
-MANY = 1 << 24  # elements stacked where there is no cache to stay in but launches to save
-SAFE_SUM = 1e13  # sums of exponentials up to e^30: far from overflow in float32, and alpha w not yet rounded coarsely
-LOWEST_LOGIT = -60.0  # e^-60 is nothing beside 1, and products with it are no denormals, which are slow
-
-Number = Tensor | float
-Result = tuple[Tensor, Tensor | None]
 
 
-def magnitudes(weights: Sequence[Tensor]) -> Tensor:
+class Way(NamedTuple):
+    """How the gradient is made.
+
+    `compiled`: by compiled loops, for the weights on a CPU that they can take. `into_grad`: pass by pass, `backward()` adds
+    it to the `.grad` of the weights when the rest of the backward pass is over, without memory of its own. To be asked for
+    only where nobody waits for the gradients of the weights within the pass, as DDP does; weights with hooks, and calls of
+    `torch.autograd.grad`, are recognized and get their gradient from autograd.
+    """
+
+    compiled: bool = False
+    into_grad: bool = False
+
+
+PLAIN = Way()
+
+
+def magnitudes(weights: Sequence[Tensor], way: Way = PLAIN) -> Tensor:
     """max |w| of each weight, [len(weights)] (ALGORITHMS 1.2); 0 for an empty one.
 
     The gradient is the sign of the largest weight; equal ones share it, and a weight of zeros gets none.
     """
     none = torch.zeros(len(weights), device=weights[0].device)
-    return _Losses.apply(_magnitude_rows, none, *weights)  # type: ignore[return-value]
+    return _Losses.apply(MAGNITUDE, way, none, *weights)  # type: ignore[return-value]
 
 
-def excesses(weights: Sequence[Tensor], sizes: Tensor) -> Tensor:
+def excesses(weights: Sequence[Tensor], sizes: Tensor, way: Way = PLAIN) -> Tensor:
     """size + sum of (|w| - size)+ of each weight, [len(weights)] (ALGORITHMS 1.3); `sizes` >= 0, [len(weights)].
 
     dL/dw = sign(w) where |w| > size, dL/dsize = 1 - the number of those.
     """
-    return _Losses.apply(_excess_rows, sizes, *weights)  # type: ignore[return-value]
+    return _Losses.apply(EXCESS, way, sizes, *weights)  # type: ignore[return-value]
 
 
-def soft_ranges(weights: Sequence[Tensor], alphas: Tensor) -> Tensor:
+def soft_ranges(weights: Sequence[Tensor], alphas: Tensor, way: Way = PLAIN) -> Tensor:
     """s_max - s_min of each weight (ALGORITHMS 1.4, eq. 1 of S1 without its last term), [len(weights)].
 
     `weights` are tensors of any shape, `alphas` [len(weights)] the temperatures (> 0). Differentiable in both, once.
-    Half precision is computed in float32; the result has the widest dtype among the weights. Empty weights give 0.
+    Half precision is computed in float32; the result has the widest dtype among the weights. Empty weights give 0. Of a
+    DTensor the loss is that of the whole weight, the same in all processes, and the gradient a DTensor as the weight is.
     """
-    return _Losses.apply(_soft_range_rows, alphas, *weights)  # type: ignore[return-value]
+    return _Losses.apply(SOFT_RANGE, way, alphas, *weights)  # type: ignore[return-value]
 
 
 def center_and_spread(w: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (of all, not of a sample) of `w`: two scalars; faster than `torch.std`."""
-    flat = w.detach().reshape(-1)
-    dtype = _working_dtype(flat)
-    mean = flat.sum(dtype=dtype) / max(flat.numel(), 1)
+    shards = Shards([w])
+    flat = shard_of(w.detach()).reshape(-1)
+    dtype = working_dtype(flat)
+    mean = shards.total(flat.sum(dtype=dtype).view(1, 1))[0, 0] / max(w.numel(), 1)
     total = torch.zeros((), dtype=dtype, device=flat.device)
-    for part in flat.split(CHUNK if flat.device.type == "cpu" else MANY):
-        off = part.to(dtype) - mean
+    for _, part in pieces(flat):
+        off = part - mean
         total += off.dot(off)
-    return mean, (total / max(flat.numel(), 1)).sqrt()
+    return mean, (shards.total(total.view(1, 1))[0, 0] / max(w.numel(), 1)).sqrt()
+
+
+def extremes(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of `w`, which is not empty: two scalars, float32 for half precision."""
+    local = shard_of(w.detach())
+    like = torch.zeros((), dtype=working_dtype(local), device=local.device)
+    high, low = Shards([w]).largest(_bounds([local], [0], like))[0]
+    return -low, high
+
+
+class Plan(NamedTuple):
+    """What the gradient needs: the scalars and bounds of the weights, and the coefficients of their terms, row by row."""
+
+    form: Form
+    compiled: bool
+    scalars: Tensor  # [N, 1]
+    bounds: Tensor  # [N, 2], 0 where they are not used
+    shifted: frozenset[int]  # where they are
+    shares: Tensor  # [N, C]
 
 
 class _Losses(torch.autograd.Function):
-    """The losses of all weights. Gradients are made in the forward pass, while exponentials are still in cache."""
+    """The losses of all weights: sums over them in the forward pass, the gradient from those sums in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Callable[..., Result], scalars: Tensor, *weights: Tensor) -> Tensor:
-        needed = any(ctx.needs_input_grad)
-        losses, ctx.held = _evaluate(rows, scalars, weights, needed)
-        if needed:
-            ctx.rows = rows
-            ctx.save_for_backward(scalars, *weights)
-        return losses
+    def forward(ctx: Any, form: Form, way: Way, scalars: Tensor, *weights: Tensor) -> Tensor:
+        local = [shard_of(w) for w in weights]
+        wide = torch.float64 if scalars.device.type == "cpu" else working_dtype(local[0])
+        column = scalars.detach().view(-1, 1).to(wide, copy=True)
+        bounds, shifted, totals = _measured(form, column, local, Shards(weights), way.compiled)
+        losses, slopes, shares = form.shares(totals, column[:, 0], bounds)
+        if any(ctx.needs_input_grad):
+            ctx.plan = Plan(form, way.compiled, column, bounds, shifted, shares)
+            ctx.slopes, ctx.into_grad = slopes, way.into_grad
+            ctx.save_for_backward(*weights)
+        return losses.to(torch.float64 if any(w.dtype == torch.float64 for w in local) else torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        later = ctx.into_grad and not torch.is_grad_enabled()  # it is where a graph of the gradient is asked for
+        return _Losses._gradients(ctx, upstream, later)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        held, ctx.held = ctx.held, None  # scaled in place below, so they serve one pass; another makes them anew
-        scalars, *weights = ctx.saved_tensors
-        slopes, batches = held or _evaluate(ctx.rows, scalars, weights, True)[1]
-        grads: list[Tensor | None] = [None] * len(weights)
-        each = upstream.view(-1, 1).unbind()
-        for indices, grad, gain in batches:
-            scale = (each[indices[0]] if len(indices) == 1 else upstream[indices, None]).to(grad.device, grad.dtype)
-            grad.mul_(scale if gain is None else scale * gain)
-            for i, row in zip(indices, [grad] if len(indices) == 1 else grad, strict=True):
-                if ctx.needs_input_grad[i + 2]:
-                    grads[i] = row.to(weights[i].dtype).view(weights[i].shape)
-        return None, (upstream * slopes if ctx.needs_input_grad[1] else None), *grads
+    def _gradients(ctx: Any, upstream: Tensor, later: bool) -> tuple[Tensor | None, ...]:
+        weights, plan = ctx.saved_tensors, ctx.plan
+        plan = plan._replace(shares=plan.shares * upstream.view(-1, 1))
+        wanted = [i for i in range(len(weights)) if ctx.needs_input_grad[i + 3]]
+        nodes = [node for node, _ in ctx.next_functions[1:]]
+        put_off = [i for i in wanted if later and _nobody_waits(weights[i], nodes[i])]
+        if put_off:
+            engine: Any = Variable._execution_engine
+            engine.queue_callback(partial(_add_to_grad_, plan, weights, put_off))
+        found: list[Tensor | None] = [None] * len(weights)
+        _add_gradients_(plan, [shard_of(w) for w in weights], found, [*{*wanted} - {*put_off}])
+        made = [None if g is None else like_shard(g.to(w.dtype), w) for g, w in zip(found, weights, strict=True)]
+        slope = (upstream * ctx.slopes).to(upstream.dtype) if ctx.needs_input_grad[2] else None
+        return None, None, slope, *made
 
 
-def _evaluate(rows: Callable[..., Result], scalars: Tensor, weights: Sequence[Tensor], needed: bool) -> tuple:
-    """Losses [len(weights)], and what their gradient needs: slopes [len(weights)], and gradients batch by batch."""
-    dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
-    scalars, scratch = scalars.detach(), Scratch()
-    each = scalars.view(-1, 1).unbind()
-    results, batches, order = [], [], []
-    for indices in _batches(weights):
-        members = [weights[i].detach().reshape(-1) for i in indices]
-        x = members[0] if len(members) == 1 else torch.stack(members)
-        scalar = each[indices[0]] if len(members) == 1 else scalars[indices, None]
-        scalar = scalar.to(x.device, _working_dtype(x))
-        grad = torch.empty_like(x, dtype=scalar.dtype) if needed else None
-        result, gain = rows(x, scalar, grad, scratch)
-        results.append(result.view(2, -1).to(scalars.device, dtype))
-        batches.append((indices, grad, gain))
-        order += indices
-    losses, slopes = torch.cat(results, dim=1)[:, sorted(range(len(order)), key=order.__getitem__)]
-    return losses, (slopes, batches)
+def _nobody_waits(w: Tensor, node: Any) -> bool:
+    """Whether this pass accumulates the gradient of `w` in `.grad`, and nobody looks at what it accumulates."""
+    hooked = w._backward_hooks or getattr(w, "_post_accumulate_grad_hooks", None)
+    if hooked or not w.is_leaf or type(w) not in (Tensor, torch.nn.Parameter):
+        return False
+    try:
+        return torch._C._will_engine_execute_node(node)  # type: ignore[attr-defined]
+    except RuntimeError:  # so it answers within torch.autograd.grad
+        return False
 
 
-def _batches(weights: Sequence[Tensor]) -> list[list[int]]:
+@torch.no_grad()
+def _add_to_grad_(plan: Plan, weights: Sequence[Tensor], chosen: list[int]) -> None:
+    """Adds the gradients of the chosen weights to their `.grad`."""
+    held = {i: weights[i].grad for i in chosen}
+    found: list[Tensor | None] = [None] * len(weights)
+    for i, grad in held.items():
+        found[i] = None if grad is None or grad.is_sparse else grad
+    _add_gradients_(plan, weights, found, chosen)
+    for i, before in held.items():
+        if found[i] is not before and found[i] is not None:
+            grad = found[i].to(weights[i].dtype)  # type: ignore[union-attr]
+            weights[i].grad = grad if before is None else grad + before  # a sparse one
+
+
+def _measured(
+    form: Form, scalars: Tensor, weights: Sequence[Tensor], shards: Shards, compiled: bool
+) -> tuple[Tensor, frozenset[int], Tensor]:
+    """Bounds [N, 2], of which weights they are used, and totals [N, K], all of the whole weights."""
+    every = range(len(weights))
+    if form.bounded or not readable(scalars.device):
+        bounds = shards.largest(_bounds(weights, every, scalars))
+        return bounds, frozenset(every), shards.total(_totals(form, scalars, weights, every, bounds, compiled))
+    totals = shards.total(_totals(form, scalars, weights, every, None, compiled))
+    bounds = scalars.new_zeros(len(weights), 2)
+    # looked at afterwards, when the sums are at hand
+    unsafe = [i for i, safe in enumerate(form.safe(totals).tolist()) if not safe]
+    if unsafe:
+        largest = shards.largest(_bounds(weights, unsafe, scalars))
+        bounds[unsafe] = largest[unsafe]
+        totals[unsafe] = shards.total(_totals(form, scalars, weights, unsafe, largest, compiled))[unsafe]
+    return bounds, frozenset(unsafe), totals
+
+
+def _bounds(weights: Sequence[Tensor], chosen: Sequence[int], like: Tensor) -> Tensor:
+    """max and -min of each chosen weight, [N, 2]."""
+    rows: dict[int, Any] = {}
+    for indices in _batches(weights, chosen):
+        x = _together([weights[i].detach() for i in indices])
+        rows.update(zip(indices, _split(bounds_of(x), x), strict=True))
+    return _table(rows, len(weights), like)
+
+
+def _totals(
+    form: Form,
+    scalars: Tensor,
+    weights: Sequence[Tensor],
+    chosen: Sequence[int],
+    bounds: Tensor | None,
+    compiled: bool,
+) -> Tensor:
+    """The sums of each chosen weight, [N, K]."""
+    rows: dict[int, Any] = {}
+    scalar_rows, bound_rows = _rows(scalars), None if bounds is None else _rows(bounds)
+    if compiled and bounds is None:
+        rows = compiled_totals(form, [row[0] for row in scalar_rows], weights)
+    scratch = Scratch()
+    for indices in _batches(weights, [i for i in chosen if i not in rows]):
+        x = _together([weights[i].detach() for i in indices])
+        known = None if bound_rows is None else _numbers(bound_rows, indices, x)
+        totals = form.totals(x, _numbers(scalar_rows, indices, x)[0], known, scratch)
+        rows.update(zip(indices, _split(totals, x), strict=True))
+    return _table(rows, len(weights), scalars)
+
+
+def _add_gradients_(plan: Plan, weights: Sequence[Tensor], grads: list[Tensor | None], chosen: Sequence[int]) -> None:
+    """Adds the gradients of the chosen weights to those in `grads`, or puts new ones there."""
+    scalars, bounds, shares = _rows(plan.scalars), _rows(plan.bounds), _rows(plan.shares)
+    done: Container[int] = ()
+    if plan.compiled:
+        free = [i for i in chosen if i not in plan.shifted]
+        done = add_compiled_(plan.form, [row[0] for row in scalars], shares, weights, grads, free)
+    scratch = Scratch()
+    for shifted in (False, True):
+        rest = [i for i in chosen if i not in done and (i in plan.shifted) is shifted]
+        for indices in _batches(weights, rest):
+            x = _together([weights[i].detach() for i in indices])
+            known = _numbers(bounds, indices, x) if shifted else None
+            terms = plan.form.gradient(
+                x, _numbers(scalars, indices, x)[0], known, _numbers(shares, indices, x), scratch
+            )
+            _deliver(terms, plan.form.dense, x, weights, indices, grads)
+
+
+def _batches(weights: Sequence[Tensor], chosen: Sequence[int]) -> Iterator[list[int]]:
     """Indices of weights to handle together: small ones of equal size, as many as stay in cache; large ones alone."""
     equal: dict[tuple, list[int]] = defaultdict(list)
-    for i, w in enumerate(weights):
+    for i in chosen:
+        w = weights[i]
         equal[(w.numel(), w.dtype, w.device)].append(i)
-    batches = []
     for (numel, _, device), indices in equal.items():
         room, largest = (CHUNK, SMALL) if device.type == "cpu" else (MANY, MANY)
         step = max(1, room // max(numel, 1)) if numel <= largest else 1
-        batches += [indices[k : k + step] for k in range(0, len(indices), step)]
-    return batches
+        yield from (indices[k : k + step] for k in range(0, len(indices), step))
 
 
-def _width(x: Tensor) -> int:
-    """How many columns of `x` are handled at once."""
-    rows = 1 if x.dim() == 1 else x.shape[0]
-    return max(1, min(x.shape[-1], (CHUNK if x.device.type == "cpu" else MANY) // rows))
+def _together(members: Sequence[Tensor]) -> Tensor:
+    """[n] for one weight, [R, n] for more."""
+    return members[0].reshape(-1) if len(members) == 1 else torch.stack([m.reshape(-1) for m in members])
 
 
-def _parts(x: Tensor, grad: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """`x` in `dtype` and its `grad`, in pieces that stay in cache."""
-    width = _width(x)
-    if width == x.shape[-1]:
-        yield x.to(dtype), grad
+def _rows(table: Tensor) -> list[Any]:
+    """Its rows: lists of floats where it can be read without waiting, tensors elsewhere."""
+    return table.tolist() if readable(table.device) else [*table.unbind()]
+
+
+def _numbers(rows: list[Any], indices: list[int], x: Tensor) -> Numbers:
+    """The columns of these rows, as `x` is calculated with: floats for a single weight, [R, 1] each otherwise."""
+    if single(x):
+        return rows[indices[0]]
+    some = [rows[i] for i in indices]
+    table = torch.stack(some) if isinstance(some[0], Tensor) else torch.tensor(some, dtype=working_dtype(x))
+    return [*table.to(x.device, working_dtype(x)).view(*x.shape[:-1], -1).split(1, dim=-1)]
+
+
+def _split(numbers: Numbers, x: Tensor) -> list[Any]:
+    """The other way round: the rows of these columns."""
+    if single(x):
+        return [numbers]
+    shape = (*x.shape[:-1], 1)
+    table = torch.cat(
+        [torch.as_tensor(n, dtype=working_dtype(x), device=x.device).expand(shape) for n in numbers], dim=-1
+    )
+    return _rows(table.view(-1, len(numbers)))
+
+
+def _table(rows: dict[int, Any], count: int, like: Tensor) -> Tensor:
+    """[count, K] of these rows, 0 elsewhere."""
+    first = next(iter(rows.values()))
+    if any(isinstance(row, Tensor) for row in rows.values()):
+        none = like.new_zeros(len(first))
+        return torch.stack([torch.as_tensor(rows[i]).to(like) if i in rows else none for i in range(count)])
+    return torch.tensor([rows.get(i, [0.0] * len(first)) for i in range(count)], dtype=like.dtype, device=like.device)
+
+
+def _deliver(
+    terms: Iterator[Term], dense: bool, x: Tensor, weights: Sequence[Tensor], indices: list[int], grads: list
+) -> None:
+    """Adds the terms to the gradients of these weights, or makes these."""
+    held = [grads[i] for i in indices]
+    if len(held) == 1 and _writable(held[0], weights[indices[0]]):
+        _add_(held[0].view(-1), terms, fresh=False)
         return
-    for start in range(0, x.shape[-1], width):
-        piece = slice(start, start + width)
-        yield x[..., piece].to(dtype), None if grad is None else grad[..., piece]
+    out = (torch.empty_like if dense else torch.zeros_like)(x, dtype=working_dtype(x))
+    _add_(out, terms, fresh=dense)
+    for i, grad, row in zip(indices, held, [out] if len(held) == 1 else out, strict=True):
+        more = row.view(weights[i].shape)
+        grads[i] = more if grad is None else grad.add_(more)
 
 
-def _working_dtype(w: Tensor) -> torch.dtype:
-    return torch.float64 if w.dtype == torch.float64 else torch.float32
+def _writable(grad: Tensor | None, w: Tensor) -> bool:
+    """Whether pieces of a flat `w` have their gradient in the same places of this one."""
+    return grad is not None and grad.is_contiguous() and w.is_contiguous() and grad.dtype == working_dtype(w)
 
 
-def _magnitude_rows(x: Tensor, scalar: Tensor, grad: Tensor | None, scratch: Scratch) -> Result:
-    largest, ties = torch.zeros_like(scalar), torch.zeros_like(scalar)
-    if x.shape[-1]:
-        for part, _ in _parts(x, None, scalar.dtype):
-            size, _ = _fitting(scratch(x, scalar.dtype), part)
-            largest = torch.maximum(largest, torch.abs(part, out=size).amax(-1, keepdim=True))
-    for part, out in _parts(x, grad, scalar.dtype):
-        if out is not None:
-            torch.abs(part, out=out)
-            torch.eq(out, largest, out=out)
-            ties += out.sum(-1, keepdim=True)
-            out.copysign_(part)
-    return torch.stack([largest, torch.zeros_like(largest)]), (largest > 0) / ties.clamp(min=1)
-
-
-def _excess_rows(x: Tensor, size: Tensor, grad: Tensor | None, scratch: Scratch) -> Result:
-    loss, outside = size.clone(), torch.zeros_like(size)
-    for part, out in _parts(x, grad, size.dtype):
-        excess = _fitting(scratch(x, size.dtype), part)[0] if out is None else out
-        torch.abs(part, out=excess).sub_(size).clamp_(min=0)
-        loss += excess.sum(-1, keepdim=True)
-        if out is not None:
-            torch.gt(out, 0, out=out)
-            outside += out.sum(-1, keepdim=True)
-            out.copysign_(part)
-    return torch.stack([loss, 1 - outside]), None
-
-
-def _soft_range_rows(x: Tensor, scalar: Tensor, grad: Tensor | None, scratch: Scratch) -> Result:
-    if not x.shape[-1]:
-        return torch.zeros_like(torch.stack([scalar, scalar])), None
-    alpha = scalar.item() if _single(x) else scalar
-    both = scratch(x, scalar.dtype)
-    bounds = None
-    z_up, z_down, up_x, down_x = _sums(x, alpha, bounds, both)
-    # Checked afterwards, when the sums are at hand; not on other devices, where looking would mean waiting for them.
-    if x.device.type != "cpu" or not _all_below(SAFE_SUM, z_up, z_down):
-        bounds = torch.aminmax(x.to(scalar.dtype), dim=-1, keepdim=True)
-        z_up, z_down, up_x, down_x = _sums(x, alpha, bounds, both)
-    s_max, s_min = up_x / z_up, down_x / z_down
-    work: Number = 0.0  # sum of x dL/dx
-    for part, out in _parts(x, grad, scalar.dtype):
-        if out is None:
-            break
-        up, down = _fitting(both, part)
-        if part.shape != x.shape:  # otherwise they are still there
-            _exponentials(part, alpha, bounds, up, down)
-        # p (1 + alpha (x - s_max)) - q (1 - alpha (x - s_min)), with p = up / z_up and q = down / z_down
-        _linear(part, alpha / z_up, (1 - alpha * s_max) / z_up, out).mul_(up)
-        _linear(part, alpha / z_down, (-1 - alpha * s_min) / z_down, up)
-        work += _dots(part, out.addcmul_(up, down), up)
-    # L(x; alpha) = L(k x; alpha / k) / k, so by Euler sum x dL/dx = L + alpha dL/dalpha: one product gives the slope
-    result = [s_max - s_min, (work - (s_max - s_min)) / alpha]
-    if _single(x):
-        return torch.tensor(result, dtype=scalar.dtype), None
-    return torch.stack(result), None  # type: ignore[arg-type]
-
-
-def _sums(x: Tensor, alpha: Number, bounds: Any, both: tuple[Tensor, Tensor]) -> list[Number]:
-    """Sums of exp(alpha x) and exp(-alpha x), then of x times each. The last exponentials stay in `both`."""
-    sums: list[Number] = [0.0] * 4
-    for part, _ in _parts(x, None, both[0].dtype):
-        up, down = _fitting(both, part)
-        _exponentials(part, alpha, bounds, up, down)
-        more = (_totals(up), _totals(down), _dots(part, up), _dots(part, down))
-        sums = [total + value for total, value in zip(sums, more, strict=True)]
-    return sums
-
-
-def _exponentials(x: Tensor, alpha: Number, bounds: Any, up: Tensor, down: Tensor) -> None:
-    """exp(alpha x) and exp(-alpha x), one the inverse of the other; with `bounds` each divided by its largest one."""
-    if bounds is None:
-        torch.mul(x, alpha, out=up).exp_()
-        torch.reciprocal(up, out=down)
-        return
-    low, high = bounds
-    torch.sub(x, high, out=up).mul_(alpha).clamp_(min=LOWEST_LOGIT).exp_()
-    torch.sub(low, x, out=down).mul_(alpha).clamp_(min=LOWEST_LOGIT).exp_()
-
-
-def _linear(x: Tensor, slope: Number, offset: Number, out: Tensor) -> Tensor:
-    """offset + slope x, in one pass where the two are floats."""
-    if isinstance(slope, Tensor):
-        return torch.mul(x, slope, out=out).add_(offset)
-    return torch.add(torch.tensor(offset, dtype=x.dtype), x, alpha=slope, out=out)
-
-
-def _single(x: Tensor) -> bool:
-    """One weight on a CPU: its sums are Python floats, cheaper to calculate with than tensors of one element."""
-    return x.dim() == 1 and x.device.type == "cpu"
-
-
-def _totals(x: Tensor) -> Number:
-    """Sum of each row, [R, 1] (a float for a single weight)."""
-    return x.sum().item() if _single(x) else x.sum(-1, keepdim=True)
-
-
-def _dots(a: Tensor, b: Tensor, out: Tensor | None = None) -> Number:
-    """Sum of a b row by row, [R, 1] (a float for a single weight); `out` may be overwritten."""
-    return torch.dot(a, b).item() if _single(a) else torch.mul(a, b, out=out).sum(-1, keepdim=True)
-
-
-def _all_below(bound: float, *values: Number) -> bool:
-    """False too where a value is NaN."""
-    return all(bool((v < bound).all()) if isinstance(v, Tensor) else v < bound for v in values)
-
-
-def _fitting(both: tuple[Tensor, Tensor], part: Tensor) -> tuple[Tensor, Tensor]:
-    """The beginnings of both buffers, in the shape of `part`."""
-    if both[0].shape == part.shape:
-        return both
-    return both[0][..., : part.shape[-1]], both[1][..., : part.shape[-1]]
-
-
-class Scratch:
-    """Two working buffers for each kind of weight, made once a call: fresh pages cost more than the arithmetic."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[tuple, tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Two tensors of any content, in the shape of the pieces of `x`."""
-        shape = (*x.shape[:-1], _width(x))
-        size = math.prod(shape)
-        held = self.buffers.get((dtype, x.device))
-        if held is None or held[0].numel() < size:
-            held = (torch.empty(size, dtype=dtype, device=x.device), torch.empty(size, dtype=dtype, device=x.device))
-            self.buffers[(dtype, x.device)] = held
-        return held[0][:size].view(shape), held[1][:size].view(shape)
+def _add_(out: Tensor, terms: Iterator[Term], fresh: bool) -> None:
+    """Adds the terms to `out`; a `fresh` one holds nothing yet, and is written all over."""
+    written: slice | None = None
+    for place, a, b in terms:
+        if isinstance(place, Tensor):
+            out.index_add_(0, place, a, alpha=b)
+            continue
+        piece = out if a.shape == out.shape else out[..., place]
+        if fresh and place != written:
+            torch.mul(a, b, out=piece)
+        elif isinstance(b, Tensor):
+            piece.addcmul_(a, b)
+        else:
+            piece.add_(a, alpha=b)
+        written = place

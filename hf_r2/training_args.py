@@ -62,6 +62,16 @@ class R2Arguments:
         default=1,
         metadata={"help": "Take weights as vectors of this length along the output channels (soft_min_max)."},
     )
+    range_every: int = field(
+        default=1,
+        metadata={"help": "Compute the range loss every n optimizer steps, its gradient multiplied by n."},
+    )
+    range_compile: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compiled loops for the range loss on a CPU; default: in runs of 2000 range losses and more."
+        },
+    )
     quantizer_lr: float | None = field(
         default=None,
         metadata={"help": "Learning rate of the steps and clips of a prepared model; default: the model's own."},
@@ -80,6 +90,8 @@ class R2Arguments:
             raise ValueError(f"range_lr must be a number >= 0, got {self.range_lr}")
         if self.quantizer_lr is not None and not (math.isfinite(self.quantizer_lr) and self.quantizer_lr >= 0):
             raise ValueError(f"quantizer_lr must be a number >= 0, got {self.quantizer_lr}")
+        if not isinstance(self.range_every, int) or isinstance(self.range_every, bool) or self.range_every < 1:
+            raise ValueError(f"range_every must be an integer of at least 1, got {self.range_every!r}")
         if self.range_loss not in (*RANGE_LOSSES, NO_LOSS):
             raise ValueError(
                 f"no range loss called {self.range_loss!r}; there are: {', '.join([*RANGE_LOSSES, NO_LOSS])}"

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_r2 import RANGE_LOSSES, l_inf, margin, soft_min_max
+from hf_r2 import range_forms as forms
 from hf_r2 import range_kernel as kernel
 from tests.reference.range_loss import l_inf as slow_l_inf
 from tests.reference.range_loss import margin as slow_margin
@@ -74,19 +76,38 @@ def test_overflow_takes_the_shifted_path():
     torch.testing.assert_close(w.grad.double(), wide.grad, rtol=1e-4, atol=1e-6)  # 1 + alpha (w - s_max) cancels
 
 
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would wait for a GPU: values read by the host, and shapes that depend on values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("size", [7, kernel.CHUNK + 5])
 @pytest.mark.parametrize("count", [1, 3])
-def test_the_way_of_other_devices_equals_the_formula(monkeypatch, size, count):
+@pytest.mark.parametrize("name", sorted(RANGE_LOSSES))
+@pytest.mark.parametrize("into_grad", [False, True])
+def test_the_way_of_other_devices_waits_for_nothing(monkeypatch, size, count, name, into_grad):
     # what a GPU runs: no Python floats, no look at the sums, each side shifted by its extreme
-    monkeypatch.setattr(kernel, "_single", lambda x: False)
-    monkeypatch.setattr(kernel, "SAFE_SUM", 0.0)
+    monkeypatch.setattr(kernel, "readable", lambda device: False)
+    monkeypatch.setattr(forms, "readable", lambda device: False)
     weights = [torch.randn(size, dtype=torch.float64, requires_grad=True) for _ in range(count)]
-    alphas = double([0.1, 2.0, 40.0][:count])
-    kernel.soft_ranges(weights, alphas).sum().backward()
-    ours = [w.grad for w in weights], alphas.grad + torch.exp(-alphas.detach()).neg()
-    copies, again = [w.detach().clone().requires_grad_() for w in weights], double(alphas.tolist())
-    sum(slow(w, a) for w, a in zip(copies, again, strict=True)).backward()
-    torch.testing.assert_close(ours, ([w.grad for w in copies], again.grad), rtol=1e-10, atol=1e-13)
+    scalars, way = double([0.1, 2.0, 40.0][:count]), kernel.Way(into_grad=into_grad)
+    reference = {"soft_min_max": slow, "margin": slow_margin, "l_inf": lambda w, a: slow_l_inf(w)}[name]
+    with NoWaiting():
+        if name == "l_inf":
+            losses = kernel.magnitudes(weights, way)
+        else:
+            losses = {"soft_min_max": kernel.soft_ranges, "margin": kernel.excesses}[name](weights, scalars, way)
+        losses.sum().backward()
+    ours = [w.grad for w in weights]
+    copies, again = [w.detach().clone().requires_grad_() for w in weights], double(scalars.tolist())
+    sum(reference(w, a) for w, a in zip(copies, again, strict=True)).backward()
+    torch.testing.assert_close(ours, [w.grad for w in copies], rtol=1e-10, atol=1e-13)
+    if name != "l_inf":
+        offset = torch.exp(-scalars.detach()) if name == "soft_min_max" else 0
+        torch.testing.assert_close(scalars.grad - offset, again.grad, rtol=1e-10, atol=1e-13)
 
 
 def test_a_weight_in_another_memory_format():
