@@ -92,7 +92,7 @@ PROXIES = {
         minutes=(4.0, 2.0, 4.0),
         saved="",
         cluster=("--learning_rate", "0.01"),
-        recommended="std 0.001, raw",
+        recommended="relative 0.3, raw",
     ),
     "qnli": Proxy(
         title="6-layer MiniLM fine-tuned on 10,000 QNLI pairs",
