@@ -103,4 +103,5 @@ def decode_streams_(model: nn.Module) -> None:
                     done.add(id(stream))
             except ValueError as error:
                 raise ValueError(f"{key} of layer {name!r}: {error}; fetch or save the checkpoint again") from error
-        module.__dict__["weight_layout"] = replace(module.__dict__["weight_layout"], streams=None)
+        if module.__dict__["weight_layout"].streams is not None:
+            module.__dict__["weight_layout"] = replace(module.__dict__["weight_layout"], streams=None)
