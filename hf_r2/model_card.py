@@ -12,6 +12,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from hf_r2.deployed import deployed_table
+
 TEMPLATE = Path(__file__).with_name("card_template.md")
 KEYS = ("arguments", "versions", "seed", "commit", "command", "task", "results", "first_last")
 TASK_KEYS = ("name", "dataset", "split", "metric")
@@ -49,6 +51,7 @@ def write_card(
     base_model: str | None = None,
     license: str | None = None,
     language: str | list[str] | None = None,
+    deployed: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes README.md into the folder of a saved model and returns its path; works offline.
 
@@ -96,12 +99,19 @@ def write_card(
         rows=[_shown(r, task["metric"], bold=r is row) for r in rows],
         training={key: arguments[key] for key in TRAINING if arguments.get(key) is not None},
         pictures={name: what for name, what in PICTURES.items() if (folder / name).is_file()},
+        deployed=None if deployed is None else _deployed(deployed),
         versions=", ".join(f"{name} {version}" for name, version in metrics["versions"].items()),
         **{key: metrics[key] for key in ("first_last", "seed", "commit", "command")},
     )
     path = folder / "README.md"
     card.save(path)
     return path
+
+
+def _deployed(bench: Mapping[str, Any]) -> dict[str, Any]:
+    """The table of a bench, and what it was measured on and by."""
+    _require(bench, ("deployed", "head", "command"), "deployed")
+    return {"table": deployed_table(bench["deployed"]), "head": bench["head"], "command": bench["command"]}
 
 
 def _check(metrics: Mapping[str, Any], result: str | None) -> tuple[list[Mapping[str, Any]], Mapping[str, Any]]:

@@ -1,9 +1,11 @@
 """A packed checkpoint as a file for another runtime, with a report of what that runtime does with it.
 
     python scripts/export.py --model_name_or_path FOLDER --format onnx --output model.onnx --seam_file train.parquet
+    python scripts/export.py --model_name_or_path FOLDER --format onnx-parts --output NEW_FOLDER
     python scripts/export.py --model_name_or_path FOLDER --format coreml --output model.mlpackage
     python scripts/export.py --model_name_or_path FOLDER --format native --output NEW_FOLDER
 
+`onnx-parts` writes the encoder and the decoder of a translation model as two files, for any batch size and length.
 `float` and `native` are checkpoints that transformers loads without hf_r2: decoded weights, and the integer linear layers that
 transformers 5.23 has itself.
 
@@ -26,10 +28,12 @@ from transformers import AutoConfig, HfArgumentParser, PreTrainedModel
 import common
 from hf_r2.export import coreml
 from hf_r2.export.onnx import OPSET, check_packages, to_onnx
+from hf_r2.export.onnx_parts import to_onnx_parts
 from hf_r2.export.plain import to_float, to_native
 from hf_r2.report import report
 from images import Pictures
 
+ONNX = ("onnx", "onnx-parts")
 FOLDERS: dict[str, Callable[..., dict[str, Any]]] = {
     "float": to_float,
     "native": to_native,
@@ -42,7 +46,7 @@ class ExportArguments:
 
     model_name_or_path: str = field(metadata={"help": "A packed checkpoint: a folder, or a name on the Hub."})
     output: str = field(metadata={"help": "The file or folder to write; the report goes beside it, as OUTPUT.json."})
-    format: str = field(default="onnx", metadata={"help": "What to write.", "choices": ["onnx", "coreml", *FOLDERS]})
+    format: str = field(default="onnx", metadata={"help": "What to write.", "choices": [*ONNX, "coreml", *FOLDERS]})
     precision: str = field(
         default="float32", metadata={"help": "What a Core ML program computes in.", "choices": list(coreml.PRECISIONS)}
     )
@@ -79,6 +83,8 @@ def write(model: PreTrainedModel, args: ExportArguments) -> dict[str, Any]:
         return FOLDERS[args.format](model, args.output)
     if args.format == "coreml":
         return coreml.to_coreml(model, args.output, example(model, args), precision=args.precision)
+    if args.format == "onnx-parts":
+        return together(to_onnx_parts(model, args.output, example(model, args), opset=args.opset))
     seams = None
     if args.seam_file is not None:
         data = load_dataset("parquet", data_files=args.seam_file, split=f"train[:{args.seam_samples}]")
@@ -86,11 +92,22 @@ def write(model: PreTrainedModel, args: ExportArguments) -> dict[str, Any]:
     return to_onnx(model, args.output, example(model, args), seams=seams, dynamic=args.dynamic, opset=args.opset)
 
 
+def together(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """One report of the reports of several files; their operators stay apart."""
+    said: dict[str, Any] = {"size_bytes": sum(part["size_bytes"] for part in parts.values()), "layers": {}}
+    said |= {"float_layers": {}, "notes": [], "operators": {name: part["operators"] for name, part in parts.items()}}
+    for name, part in parts.items():
+        said["layers"] |= {f"{name}: {layer}": entry for layer, entry in part["layers"].items()}
+        said["float_layers"] |= {f"{name}: {layer}": why for layer, why in part["float_layers"].items()}
+        said["notes"] += [f"{name}: {note}" for note in part["notes"]]
+    return said
+
+
 def main() -> None:
     """Load, export, say what runs on integers and what does not."""
     (args,) = HfArgumentParser(ExportArguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
-    if args.format in ("onnx", "coreml"):
-        (check_packages if args.format == "onnx" else coreml.check_package)()
+    if args.format in (*ONNX, "coreml"):
+        (check_packages if args.format in ONNX else coreml.check_package)()
     common.go_offline_if_hub_is_unreachable()
     model, output = load(args.model_name_or_path), Path(args.output)
     said = write(model, args)

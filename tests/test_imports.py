@@ -24,7 +24,6 @@ LEVELS = [
         "layers",
         "integrity",
         "hub",
-        "model_card",
         "deployed",
         "metrics",
         "plots",
@@ -38,6 +37,7 @@ LEVELS = [
         "range_shards",
     },
     {
+        "model_card",
         "packing",
         "spec",
         "lowrank",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from hf_r2.deployed import deployed_table
 from hf_r2.model_card import write_card
 
 ROW = {"act_bits": None, "granularity": "per_tensor", "range_loss": "soft_min_max"}
@@ -132,6 +133,41 @@ def test_image_card_loads_a_processor(folder):
     card = card_of(folder)
     assert 'processor = AutoImageProcessor.from_pretrained("' in card.content
     assert "import AutoModelForImageClassification, AutoImageProcessor\n" in card.content
+
+
+FLOAT_RUN = {
+    "model": "net", "width": "float", "latency_s": {"onnxruntime": 0.020, "torch": 0.040},
+    "size_bytes": {"onnxruntime": 46_880_000, "torch": 46_810_000}, "accuracy": {"onnxruntime": 0.852, "torch": 0.853},
+}  # fmt: skip
+W8A8_RUN = {
+    "model": "net", "width": "W8A8", "latency_s": {"onnxruntime": 0.005, "torch": 0.0388, "torch packed": 0.052},
+    "size_bytes": {"onnxruntime": 11_870_000, "torch": 11_740_000}, "accuracy": {"onnxruntime": 0.8449, "torch": 0.843},
+}  # fmt: skip
+
+
+def test_deployed_table_shows_what_was_measured_and_what_it_did_not_help(folder):
+    bench = {
+        "deployed": [FLOAT_RUN, W8A8_RUN],
+        "head": "EPYC, avx512_vnni",
+        "command": "python scripts/bench_export.py",
+    }
+    content = card_of(folder, deployed=bench).content
+    assert "| net float | 20.0 | 40.0 |  | 46.88 | 46.81 | 85.2 | 85.3 |\n" in content
+    assert "| net W8A8 | 5.0 (0.25) | 38.8 (0.97) | 52.0 (1.30) | 11.87 | 11.74 | 84.5 | 84.3 |\n" in content
+    assert "No faster than float: torch: net W8A8 (0.97); torch packed: net W8A8 (1.30)." in content
+    assert "Measured on EPYC, avx512_vnni by\n`python scripts/bench_export.py`." in content
+    assert "Deployed" not in card_of(folder).content
+    without = deployed_table([{k: v for k, v in row.items() if k != "accuracy"} for row in (FLOAT_RUN, W8A8_RUN)])
+    assert "| net W8A8 | 5.0 (0.25) | 38.8 (0.97) | 52.0 (1.30) | 11.87 | 11.74 |\n" in without
+
+
+def test_a_bench_that_lacks_something_is_refused(folder):
+    with pytest.raises(ValueError, match="deployed lacks head, command; a card needs deployed, head, command"):
+        card_of(folder, deployed={"deployed": [FLOAT_RUN]})
+    with pytest.raises(ValueError, match="no float row before W8A8 of net"):
+        deployed_table([W8A8_RUN])
+    with pytest.raises(ValueError, match="lacks latency_s: take scripts/bench_export"):
+        deployed_table([{k: v for k, v in FLOAT_RUN.items() if k != "latency_s"}])
 
 
 @pytest.mark.parametrize(
