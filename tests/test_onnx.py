@@ -178,6 +178,10 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
     packed = quantize(model, R2QuantConfig(weight_bits=4))
     with pytest.raises(ValueError, match="opset 17 has no BitwiseAnd"):
         to_onnx(packed, tmp_path / "a.onnx", opset=17)
+    with pytest.raises(ValueError, match=r"opset 99 is none of onnx .*: take 18 to"):
+        to_onnx(packed, tmp_path / "a.onnx", opset=99)
+    with pytest.raises(ValueError, match="seams holds no batch"):
+        to_onnx(packed, tmp_path / "a.onnx", seams=[])
     with pytest.raises(ValueError, match=r"widths that MatMulNBits has, \(2, 4\) or none, got \(3,\)"):
         to_onnx(packed, tmp_path / "a.onnx", blocks=[3])
     with pytest.raises(ValueError, match=r"cannot be exported with inputs \{'pixel_values': \(2, 3, 2\)\}"):

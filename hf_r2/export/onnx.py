@@ -57,18 +57,20 @@ def to_onnx(
     {name: {"mode", "operator", "why"}}, `float_layers` {name: why}, `seams` (values that were quantized), `notes`.
 
     Raises ImportError for a missing package, ValueError for a model that is not packed, not calibrated or cannot be traced
-    with these inputs, and for an opset that is too low.
+    with these inputs, for seams without a batch, and for an opset that is too low or unknown.
     """
     check_packages()
     _check_model(model)
-    if opset < LOWEST_OPSET:
-        raise ValueError(f"opset {opset} has no BitwiseAnd, which unpacks weights: take {LOWEST_OPSET} to {OPSET}")
+    _check_opset(opset)
     blocks = tuple(blocks)
     if not set(blocks) <= set(BLOCK_BITS):
         raise ValueError(f"blocks are widths that MatMulNBits has, {BLOCK_BITS} or none, got {blocks}")
     from hf_r2.export.onnx_report import KernelError, report_on
 
     inputs = example_inputs(model) if inputs is None else dict(inputs)
+    seams = None if seams is None else list(seams)
+    if seams is not None and not seams:
+        raise ValueError("seams holds no batch: ranges of the values between layers are read off at least one")
     ends = (names or {}, None if outputs is None else tuple(outputs))
     forms, program, quantized = _program(model, inputs, seams, dynamic, blocks, opset, *ends)
     try:
@@ -89,6 +91,19 @@ def check_packages() -> None:
         raise ImportError(f"ONNX export needs {', '.join(missing)}: pip install 'hf_r2[onnx]'")
     if find_spec("transformers.exporters") is None:
         raise ImportError("ONNX export needs the exporters of transformers 5.23: pip install --upgrade transformers")
+
+
+def _check_opset(opset: int) -> None:
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if not LOWEST_OPSET <= opset <= newest:
+        why = (
+            "has no BitwiseAnd, which unpacks weights"
+            if opset < LOWEST_OPSET
+            else f"is none of onnx {onnx.__version__}"
+        )
+        raise ValueError(f"opset {opset} {why}: take {LOWEST_OPSET} to {newest}; {OPSET} is what is tested")
 
 
 def _check_model(model: nn.Module) -> None:
