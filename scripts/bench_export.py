@@ -64,7 +64,9 @@ class BenchArguments:
     image_size: int = field(default=224, metadata={"help": "Images are squares of so many pixels."})
     length: int = field(default=128, metadata={"help": "Tokens of a text."})
     threads: int = field(default=1, metadata={"help": "Threads of both runtimes."})
-    calls: int = field(default=10, metadata={"help": "Calls in a turn, so that caches are warm, as they are in use."})
+    turn_s: float = field(
+        default=0.1, metadata={"help": "Seconds of a turn: so many calls that caches are warm, as they are in use."}
+    )
     rounds: int = field(default=9, metadata={"help": "Rounds after one of warm-up; medians are taken (at least 9)."})
     output_dir: str = field(default="runs/bench_export", metadata={"help": "Where metrics.json goes."})
 
@@ -195,6 +197,19 @@ def apart(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.median(np.abs(one - other).max(1) / np.abs(other).max(1)))
 
 
+def latencies(candidates: list[Candidate], batch: dict[str, Tensor], args: BenchArguments) -> dict[Any, float]:
+    """Seconds of a call by number of the candidate and runtime; they take turns of `turn_s` each."""
+    turns, calls = {}, {}
+    for number, candidate in enumerate(candidates):
+        for runtime, run in candidate.runs.items():
+            once = lambda run=run: run(batch)  # noqa: E731
+            seconds = medians({"": once}, 3)[""]
+            count = calls[number, runtime] = max(1, round(args.turn_s / seconds))
+            turns[number, runtime] = lambda once=once, count=count: [once() for _ in range(count)]
+    found = medians(turns, args.rounds)
+    return {key: seconds / calls[key] for key, seconds in found.items()}
+
+
 def bench(name: str, args: BenchArguments, folder: Path) -> list[dict[str, Any]]:
     """The rows of one model."""
     model, trained = build(name, args), Path(name).is_dir()
@@ -205,14 +220,11 @@ def bench(name: str, args: BenchArguments, folder: Path) -> list[dict[str, Any]]
     candidates += [quantized_candidate(model, width, batches, folder, args) for width in args.widths]
     if trained and args.validation_file is not None:
         compare(candidates, pictures(name, args.validation_file, args.max_eval_samples, args))
-    turns = {
-        f"{c.width}: {runtime}": (lambda run=run: [run(batches[0]) for _ in range(args.calls)])  # type: ignore[misc]
-        for c in candidates
-        for runtime, run in c.runs.items()
-    }
-    seconds = medians(turns, args.rounds, warm_up=1)
     for c in candidates:
-        c.row["latency_s"] = {runtime: seconds[f"{c.width}: {runtime}"] / args.calls for runtime in c.runs}
+        c.row["latency_s"] = {}
+    for (c, runtime), seconds in latencies(candidates, batches[0], args).items():
+        candidates[c].row["latency_s"][runtime] = seconds
+    for c in candidates:
         c.row["model"] = Path(name).name if trained else name
     return [c.row for c in candidates]
 
@@ -220,7 +232,7 @@ def bench(name: str, args: BenchArguments, folder: Path) -> list[dict[str, Any]]
 def head(args: BenchArguments) -> str:
     """What the numbers depend on."""
     versions = f"torch {torch.__version__}, onnxruntime {common.version_of('onnxruntime')}"
-    return f"{processor()}; {versions}, threads: {args.threads}, one sample, medians of {args.rounds} rounds"
+    return f"{processor()}; {versions}, threads: {args.threads}, one sample, medians of {args.rounds} turns of {args.turn_s} s"
 
 
 def operators_line(row: dict[str, Any]) -> str:
