@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from hf_r2.layers import WeightLayer, folded_weight, following_batch_norms, weight_layers
 from hf_r2.range_compiled import compiler_found
 from hf_r2.range_kernel import Way, center_and_spread, excesses, extremes, magnitudes, soft_ranges
+from hf_r2.range_shards import whole
 from hf_r2.vectors import to_vectors
 
 LOWEST_ALPHA = 1e-3  # a trainable alpha is projected back to this: a negative one would reward a wider range
@@ -197,8 +198,17 @@ class RangeLoss(nn.Module):
         """Switches the compiled loops on, where there is a compiler, or off."""
         self.compiled = compiled and compiler_found()
 
-    def forward(self, only: Collection[str] | None = None, *, into_grad: bool = False) -> Tensor:
+    def forward(
+        self,
+        only: Collection[str] | None = None,
+        *,
+        into_grad: bool = False,
+        weights: dict[str, nn.Parameter] | None = None,
+    ) -> Tensor:
         """Sum of the range losses of all weights (of the layers named in `only`, if given), scalar; 0 for none.
+
+        Of weights that are DTensors, as FSDP2 makes them, the loss is that of the whole weights; all processes must come
+        here. FSDP2 puts others in their place during a forward pass: pass `weights()` of before.
 
         With `into_grad`, `backward()` adds the gradient of the weights to their `.grad` at its very end, without memory for
         a second one. Not for weights whose gradients somebody waits for meanwhile, as DDP, FSDP and DeepSpeed do; weights
@@ -210,18 +220,18 @@ class RangeLoss(nn.Module):
             return self.scalars.sum() * 0
         if self.trainable:
             self.project_()
-        weights = [self._target(layers[i], norms[i]) for i in chosen]
+        measured = [self._target(layers[i], norms[i]) if weights is None else weights[layers[i].name] for i in chosen]
         scalars = self.scalars if len(chosen) == len(layers) else self.scalars[chosen]
         # L(w / std; alpha) = L(w; alpha / std) / std: the weight need not be copied to be measured in its own std.
-        std = torch.stack([_std(w).to(scalars.device) for w in weights]) if self.units != "absolute" else None
+        std = torch.stack([_std(w).to(scalars.device) for w in measured]) if self.units != "absolute" else None
         way = Way(self.compiled, into_grad)
         if self.kind == "l_inf":
-            losses = magnitudes(weights, way)
+            losses = magnitudes(measured, way)
         elif self.kind == "margin":
-            losses = excesses(weights, _size(scalars if std is None else scalars * std), way)
+            losses = excesses(measured, _size(scalars if std is None else scalars * std), way)
         else:
             alphas = scalars if std is None else scalars / std
-            parts = [part for w in weights for part in coordinates(w, self.dim)]
+            parts = [part for w in measured for part in coordinates(w, self.dim)]
             losses = soft_ranges(parts, alphas.repeat_interleave(self.dim), way).view(-1, self.dim).sum(1)
         losses = losses if std is None else losses / std
         return losses.sum() + (torch.exp(-scalars).sum() if self.kind == "soft_min_max" else 0)
@@ -249,7 +259,7 @@ class RangeLoss(nn.Module):
         Gaussian), and alpha or margin. Of the folded weight where the target is the deployed one."""
         rows = []
         for layer, norm, scalar in zip(*self._model_refs, self.scalars.tolist(), strict=True):
-            w = self._target(layer, norm).double()
+            w = whole(self._target(layer, norm)).double()
             std = float(w.std(correction=0)) if w.numel() else 0.0
             width = float(w.max() - w.min()) if w.numel() else 0.0
             fourth = float(((w - w.mean()) ** 4).mean()) if w.numel() else 0.0

@@ -16,6 +16,11 @@ def shard_of(w: Tensor) -> Tensor:
     return w.to_local() if isinstance(w, DTensor) else w
 
 
+def whole(w: Tensor) -> Tensor:
+    """All of `w`; all processes must come here for a DTensor."""
+    return w.full_tensor() if isinstance(w, DTensor) else w
+
+
 def like_shard(local: Tensor, w: Tensor) -> Tensor:
     """`local` as a tensor split as `w` is, if it is."""
     if not isinstance(w, DTensor):

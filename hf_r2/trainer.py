@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -20,6 +20,8 @@ from hf_r2.layers import BATCH_NORMS
 from hf_r2.loss_division import consumes_num_items
 from hf_r2.losses import RangeLoss
 from hf_r2.optimizer_groups import is_quantizer_parameter, make_room, split_quantizers_
+from hf_r2.scalar_optimizer import ScalarOptimizer
+from hf_r2.split_weights import refuse_split_weights, split_
 from hf_r2.training_args import NO_LOSS, R2Arguments
 
 logger = logging.getLogger(__name__)
@@ -40,15 +42,17 @@ class R2TrainerMixin(AnyTrainer):
     is computed once for each optimizer step, or each `range_every` of them with as many times the weight, whatever the
     accumulation. `range_loss` is the `RangeLoss` (None without one).
 
-    Raises ValueError at construction under DeepSpeed ZeRO-3 and FSDP, which split the weights that the loss must see
-    whole, and for arguments that are not allowed.
+    Under FSDP2 the loss is that of the whole weights, and the learnable scalars, the same in all processes, have an
+    optimizer of their own. Raises ValueError at construction under DeepSpeed ZeRO-3 and FSDP1, which hide the weights,
+    for what the loss does not take under FSDP2, and for arguments that are not allowed.
     """
 
     range_loss: RangeLoss | None = None
+    scalar_optimizer: ScalarOptimizer | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        _refuse_split_weights(self)
+        refuse_split_weights(self, self.args if isinstance(self.args, R2Arguments) else R2Arguments())
         model = self._bare_model()
         by_smoother = self.label_smoother is not None  # it divides by num_items_in_batch itself
         if self.model_accepts_loss_kwargs and not by_smoother and not consumes_num_items(model):
@@ -86,6 +90,11 @@ class R2TrainerMixin(AnyTrainer):
         """The learnable scalars as a group of their own: another learning rate, no decay."""
         if self.range_loss is not None and self.range_loss.trainable:
             self.range_loss.to(self.args.device)
+            if self.is_fsdp_enabled:
+                # where only the first process has read the weights, only that one has margins
+                broadcast(self.range_loss.scalars.data)
+                self.scalar_optimizer = ScalarOptimizer(self.range_loss.scalars, optimizer, self.range_lr)
+                return
             group = {"params": [self.range_loss.scalars], "lr": self.range_lr, "weight_decay": 0.0}
             if scheduler is not None:
                 group |= {"initial_lr": self.range_lr}
@@ -121,23 +130,31 @@ class R2TrainerMixin(AnyTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Task loss plus, while training and at the last micro-batch of a step, `range_weight` x range loss."""
+        weights = self._weights(model)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training and torch.is_grad_enabled():
             self._note("task_loss", loss.detach().mean() / self._task_divisor(num_items_in_batch))
             if self.accelerator.sync_gradients:
                 # Trainer divides the sum by the accumulation steps unless the task loss was scaled already.
                 steps = 1 if self._scaled(num_items_in_batch) else self.current_gradient_accumulation_steps
-                loss = loss + sum((steps * term).to(loss.device) for term in self._restrictions(model, loss))
+                loss = loss + sum((steps * term).to(loss.device) for term in self._restrictions(model, loss, weights))
         return (loss, outputs) if return_outputs else loss
 
-    def _restrictions(self, model: nn.Module, loss: Tensor) -> list[Tensor]:
+    def _weights(self, model: nn.Module) -> dict[str, nn.Parameter] | None:
+        """Under FSDP the split weights, which the forward pass is about to replace by whole ones; None for those in place."""
+        if not self.is_fsdp_enabled or self.range_loss is None or not model.training:
+            return None
+        split_(model, self.range_loss.weights())
+        return self.range_loss.weights()
+
+    def _restrictions(self, model: nn.Module, loss: Tensor, weights: dict[str, nn.Parameter] | None) -> list[Tensor]:
         """What is added to the task loss once for each optimizer step."""
         terms = []
         if self.range_loss is not None and self.state.global_step % self.range_every == 0:
             self._choose_loops(self.range_loss)
             # elsewhere somebody waits for the gradients of the weights while the backward pass is going on
             alone = self.accelerator.distributed_type == DistributedType.NO
-            range_loss = self.range_loss(self._reached(model, loss), into_grad=alone)
+            range_loss = self.range_loss(self._reached(model, loss), into_grad=alone, weights=weights)
             self._note("range_loss", range_loss.detach())
             terms.append(self.range_every * self.range_weight * range_loss)
         penalties = [m.penalty() for m in model.modules() if callable(getattr(type(m), "penalty", None))]  # type: ignore[operator]
@@ -246,7 +263,8 @@ class R2TrainerMixin(AnyTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.range_loss is not None and self.args.should_save:
             self.range_loss.project_()  # as the next step would before it uses them: resumed equals uninterrupted
-            save_file({"scalars": self.range_loss.scalars.detach().cpu()}, Path(output_dir) / STATE_FILE)
+            beside = {} if self.scalar_optimizer is None else self.scalar_optimizer.state()
+            save_file({"scalars": self.range_loss.scalars.detach().cpu(), **beside}, Path(output_dir) / STATE_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.range_loss is not None:
@@ -256,7 +274,8 @@ class R2TrainerMixin(AnyTrainer):
                     f"{checkpoint} holds no {STATE_FILE}: it was written without a range loss. Resume with --range_loss none, "
                     "or start a new run from its weights"
                 )
-            scalars = load_file(file)["scalars"]
+            tensors = load_file(file)
+            scalars = tensors["scalars"]
             if scalars.shape != self.range_loss.scalars.shape:
                 raise ValueError(
                     f"{file} holds {scalars.numel()} scalars, but this model has {self.range_loss.scalars.numel()} restricted "
@@ -264,6 +283,8 @@ class R2TrainerMixin(AnyTrainer):
                 )
             with torch.no_grad():
                 self.range_loss.scalars.copy_(scalars)
+            if self.scalar_optimizer is not None:
+                self.scalar_optimizer.load_(tensors)
         super()._load_optimizer_and_scheduler(checkpoint)
 
 
@@ -312,11 +333,3 @@ def _leaves(loss: Tensor) -> set[int]:
             found.add(id(getattr(node, "variable")))  # noqa: B009  # of AccumulateGrad alone
         stack.extend(next_node for next_node, _ in node.next_functions)
     return found
-
-
-def _refuse_split_weights(trainer: Any) -> None:
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    if plugin is not None and plugin.zero_stage == 3:
-        raise ValueError("R2Trainer cannot see whole weights under DeepSpeed ZeRO-3; use ZeRO-2, ZeRO-1 or plain DDP")
-    if getattr(trainer, "is_fsdp_enabled", False):
-        raise ValueError("R2Trainer does not support FSDP yet: the range of a weight needs all of it; use DDP")

@@ -35,6 +35,7 @@ LEVELS = [
         "registration",
         "range_forms",
         "range_shards",
+        "scalar_optimizer",
     },
     {
         "model_card",
@@ -69,13 +70,13 @@ LEVELS = [
         "entropy",
         "attach",
         "packed_layers",
-        "trainer",
+        "split_weights",
         "float_passes",
         "graph/statistics",
         "ptq/layer_error",
         "ptq/rounding",
     },
-    {"calibration", "ptq/learned_step", "ptq/distribution", "ptq/walk"},
+    {"trainer", "calibration", "ptq/learned_step", "ptq/distribution", "ptq/walk"},
     {"ptq/learn_layer", "ptq/bias"},
     {
         "ptq/nearest",
