@@ -28,6 +28,7 @@ def refuse_split_weights(trainer: Any, options: R2Arguments) -> None:
     refused = {
         "range_dim > 1": options.range_dim > 1,
         "range_target='deployed'": options.range_target == "deployed",
+        "range_units='relative'": options.range_units == "relative",
         "fp16": trainer.args.fp16,
         "cpu_offload": bool(plugin.cpu_offload) and getattr(plugin.cpu_offload, "pin_memory", None) is not None,
         "torch_compile": trainer.args.torch_compile,

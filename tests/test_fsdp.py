@@ -55,6 +55,7 @@ class Plugin:
         ({"fsdp_version": 1}, "FSDP1; set version 2"),
         ({"range_dim": 2}, "does not take range_dim > 1 under FSDP2"),
         ({"range_target": "deployed"}, "does not take range_target='deployed' under FSDP2"),
+        ({"range_units": "relative"}, "does not take range_units='relative' under FSDP2"),
         ({"torch_compile": True}, "does not take torch_compile under FSDP2"),
         ({"prepared": True}, "prepared \\(quantized\\) models under DDP"),
         ({}, None),
