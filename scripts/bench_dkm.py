@@ -97,7 +97,7 @@ def coremltools(weight: Tensor, pull: Tensor, centroids: Tensor, tau: float) -> 
     k, d = centroids.shape
     options = {"palett_tau": tau, "kmeans_max_iter": ITERATIONS, "palett_epsilon": 0.0, "prune_threshold": 0.0}
     observer = MinMaxObserver.with_args(quant_min=-128, quant_max=127, dtype=torch.qint8)
-    layer = FakePalettize(observer, int(math.log2(k)), d, advanced_options=options)
+    layer = FakePalettize(observer, int(math.log2(k)), d, advanced_options=options)  # type: ignore[arg-type]
     layer.enable_fake_palett()
     layer.create_partitions(weight)
     leaf = weight.clone().requires_grad_()
