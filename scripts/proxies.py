@@ -69,7 +69,7 @@ PROXIES = {
             ("--weight_decay", "4e-4"),
             _named("std", "deployed", "0.05") | _named("relative", "deployed", "0.05", "0.15", "0.5"),
         ),
-        recommended="relative 0.15, deployed",
+        recommended="relative 0.05, deployed",
         minutes=(2.5, 2.0, 4.0),
         clustered=("--dkm_bits", "1", "2", "--dkm_steps", "50", "--dkm_learning_rate", "0.003"),
         plain=("--dkm_bits", "2", "--dkm_steps", "0"),
