@@ -72,7 +72,7 @@ def runs(args: StudyArguments) -> list[Run]:
 def write(args: StudyArguments) -> str:
     """Tables of all runs there are below output_dir, into study.md, study.csv and a plot of each proxy; the Markdown."""
     out, texts, records = Path(args.output_dir), [], []
-    for proxy in PROXIES:
+    for proxy in STUDIED:
         found = study_table.collect(out / proxy, proxy)
         if found:
             texts.append(f"## {PROXIES[proxy].title}\n\n{study_table.markdown(found)}")

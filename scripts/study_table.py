@@ -69,6 +69,8 @@ def _read(run: Path) -> dict[str, float]:
             found[f"dkm-{bits}bit"] = 100 * clustered["accuracy"]
     for method in ("nearest", "squant", "dfq", "adaround"):
         content = _json(run / method)
+        if "float_accuracy" in content:  # on the very samples that the quantized models are measured on
+            found["float"] = 100 * content["float_accuracy"]
         for target, shape in content.get("shapes", {}).items():
             found |= {f"{target} range/std": shape["range_over_std"], f"{target} kurtosis": shape["kurtosis"]}
         for row in content.get("results", []):
