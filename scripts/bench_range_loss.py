@@ -47,6 +47,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
             encoder_ffn_dim=2048,
             decoder_ffn_dim=2048,
             pad_token_id=0,
+            decoder_start_token_id=0,
         )
     ),
 }

@@ -218,7 +218,7 @@ def test_options_change_the_result():
 
 @pytest.mark.parametrize("bits, corrected", [(8, False), (7, True)])
 def test_biases_are_corrected_below_eight_bits_unless_told(bits, corrected):
-    model, batches = float_model("mobilenet_v1"), _batches("mobilenet_v1")
+    model, batches = float_model("resnet"), _batches("resnet")
     default, yes, no = (
         quantize(
             model, R2QuantConfig("adaround", bits, options={"iters": 5, "progress": False, **options}), batches

@@ -1,5 +1,6 @@
 """Core ML programs: compressed weights that decode to ours, bit for bit, read back from the file; and what is refused."""
 
+import copy
 import logging
 import warnings
 from pathlib import Path
@@ -141,9 +142,7 @@ def test_bad_input(ct, tmp_path):
     with pytest.raises(ValueError, match=r"needs a packed model: call hf_r2.quantize"):
         to_coreml(float_model("resnet"), file)
     with pytest.raises(ValueError, match="may be half trained"):
-        to_coreml(
-            prepare(type(float_model("resnet"))(float_model("resnet").config), R2QuantConfig(method="lsq")), file
-        )
+        to_coreml(prepare(copy.deepcopy(float_model("resnet")), R2QuantConfig(method="lsq")), file)
     with pytest.raises(ValueError, match="coremltools cannot convert ResNetForImageClassification: "):
         to_coreml(packed, file, {"pixel_values": torch.zeros(1, 3, 0, 0)})
 

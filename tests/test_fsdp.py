@@ -29,7 +29,10 @@ def test_shards_on_two_processes_equal_one(tmp_path, options):
     (one,) = train(tmp_path / "one", 1, per_device_train_batch_size=batch, **options)
     for two in train(tmp_path / "two", 2, per_device_train_batch_size=batch // 2, **FSDP, **options):
         for name, value in one.items():
-            torch.testing.assert_close(two[name], value, rtol=0, atol=2e-6, msg=name)
+            relative = (
+                1e-6 if name.startswith("log.") else 0
+            )  # logged losses are up to 60: a float32 of 60 is good to 4e-6
+            torch.testing.assert_close(two[name], value, rtol=relative, atol=2e-6, msg=name)
 
 
 def test_resumed_on_three_processes_equals_uninterrupted(tmp_path):

@@ -192,13 +192,13 @@ def test_one_call_for_each_optimizer_step_whatever_the_accumulation(tmp_path, mo
     calls, forward = [], RangeLoss.forward
     monkeypatch.setattr(RangeLoss, "forward", lambda self, *a, **k: calls.append(k) or forward(self, *a, **k))
     trained(tmp_path, gradient_accumulation_steps=steps, per_device_train_batch_size=8 // steps, max_steps=3)
-    assert calls == [{"into_grad": True}] * 3
+    assert calls == [{"into_grad": True, "weights": None}] * 3
 
 
 def test_into_grad_trains_as_autograd_does(tmp_path, monkeypatch):
     options = {"range_weight": 0.5, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     into, forward = trained(tmp_path, **options), RangeLoss.forward
-    monkeypatch.setattr(RangeLoss, "forward", lambda self, only=None, into_grad=False: forward(self, only))
+    monkeypatch.setattr(RangeLoss, "forward", lambda self, only=None, **_: forward(self, only))
     plain = trained(tmp_path, **options)
     for name, value in plain.model.state_dict().items():
         torch.testing.assert_close(into.model.state_dict()[name], value, rtol=0, atol=1e-6, msg=name)

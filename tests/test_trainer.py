@@ -324,13 +324,11 @@ def test_model_without_weights_is_refused(tmp_path):
         R2Trainer(model=torch.nn.LayerNorm(4), args=arguments(tmp_path))
 
 
-def test_split_weights_are_refused(tmp_path):
-    from hf_r2.trainer import _refuse_split_weights
+def test_split_weights_are_refused():
+    from hf_r2.split_weights import refuse_split_weights
 
     class Stage3:
         zero_stage = 3
-
-    trainer = R2Trainer(model=tiny_bert(), args=arguments(tmp_path))
 
     class Fake:
         is_fsdp_enabled = False
@@ -340,7 +338,4 @@ def test_split_weights_are_refused(tmp_path):
                 deepspeed_plugin = Stage3()
 
     with pytest.raises(ValueError, match="ZeRO-3"):
-        _refuse_split_weights(Fake)
-    trainer.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="does not support FSDP"):
-        _refuse_split_weights(trainer)
+        refuse_split_weights(Fake, R2TrainingArguments())
