@@ -60,7 +60,8 @@ def write_card(
     `weight_bits` None stands for float. `result` names the row this folder holds (needed when there are several); it alone
     goes into the model index. Plots in the folder that are named as in `PICTURES` are shown. `repo_id` is the name to load
     by (default: that of the folder). `base_model` is the Hub id of the float model; by default `model_name_or_path` of the
-    arguments where that is a Hub id and no local folder.
+    arguments where that is a Hub id and no local folder. `deployed`: metrics.json of scripts/bench_export.py, for a table of
+    latency, size and accuracy.
 
     Raises ValueError that names what `metrics` lacks or what is not a number, and for an unknown `result`.
     """
@@ -70,19 +71,7 @@ def write_card(
     repo_id = repo_id or folder.resolve().name
     base_model = base_model or _hub_id(arguments.get("model_name_or_path"))
     tag, auto_model, auto_processor = _architecture(folder)
-    data = ModelCardData(
-        language=language,
-        license=license,
-        library_name="transformers",  # what loads it; with "hf_r2" here the Hub would show no widget and no snippet
-        pipeline_tag=tag,
-        base_model=base_model,
-        base_model_relation="quantized" if base_model else None,
-        tags=["hf_r2", "quantized", f"{row['weight_bits']}-bit", *([row["method"]] if row["method"] else [])],
-        datasets=_hub_id(task["dataset"]),
-        metrics=[task["metric"]],
-        model_name=repo_id.split("/")[-1],
-        eval_results=[_eval_result(task, row, tag)],
-    )
+    data = _front_matter(metrics, row, tag, repo_id, base_model, license, language)
     card = ModelCard.from_template(
         data,
         template_str=TEMPLATE.read_text(encoding="utf-8"),
@@ -106,6 +95,30 @@ def write_card(
     path = folder / "README.md"
     card.save(path)
     return path
+
+
+def _front_matter(
+    metrics: Mapping[str, Any],
+    row: Mapping[str, Any],
+    tag: str | None,
+    repo_id: str,
+    base_model: str | None,
+    license: str | None,
+    language: str | list[str] | None,
+) -> ModelCardData:
+    return ModelCardData(
+        language=language,
+        license=license,
+        library_name="transformers",  # what loads it; with "hf_r2" here the Hub would show no widget and no snippet
+        pipeline_tag=tag,
+        base_model=base_model,
+        base_model_relation="quantized" if base_model else None,
+        tags=["hf_r2", "quantized", f"{row['weight_bits']}-bit", *([row["method"]] if row["method"] else [])],
+        datasets=_hub_id(metrics["task"]["dataset"]),
+        metrics=[metrics["task"]["metric"]],
+        model_name=repo_id.split("/")[-1],
+        eval_results=[_eval_result(metrics["task"], row, tag)],
+    )
 
 
 def _deployed(bench: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_r2.coded import CODES, code_streams
+from hf_r2.encoders.base import Encoded
 from hf_r2.entropy import entropy
 from hf_r2.layers import is_table, weight_layers
 from hf_r2.packed_layers import encoded, packed_layers
@@ -38,22 +39,8 @@ def report(model: nn.Module) -> dict[str, Any]:
         if id(module.weight_packed) in seen:
             continue
         seen.add(id(module.weight_packed))
-        e = encoded(module)
-        count, bits = math.prod(e.weight_shape), e.stored_bits()
-        for key, length in streams.get(name, {}).items():
-            tensor = state_dict[f"{name}.{key}"]
-            bits += 8 * length - (
-                e.codes.numel() * e.bits if key == CODES else 8 * tensor.numel() * tensor.element_size()
-            )
-        kind = "palette" if e.centroids is not None else "affine"
-        rows.append({"name": name, "kind": kind, "shape": list(e.weight_shape), "bits": e.bits, "numel": count})
-        rows[-1] |= {
-            "dim": e.dim,
-            "rank": 0 if e.adapter is None else e.adapter.rank,
-            "entropy": entropy(e.codes) * e.codes.numel() / max(count, 1),
-            "stored_bits": bits,
-            "bits_per_weight": bits / max(count, 1),
-        }
+        coded_sizes = {key: (length, state_dict[f"{name}.{key}"]) for key, length in streams.get(name, {}).items()}
+        rows.append(_row(name, encoded(module), coded_sizes))
     kept = [
         (layer.weight.numel(), layer.weight.numel() * layer.weight.element_size() * 8)
         for layer in weight_layers(model)
@@ -76,6 +63,20 @@ def report(model: nn.Module) -> dict[str, Any]:
         "notes": list((getattr(_config(model), "skeleton", None) or {}).get("notes", [])),
         "layers": rows,
     }
+
+
+def _row(name: str, e: Encoded, coded: Mapping[str, tuple[int, Tensor]]) -> dict[str, Any]:
+    """One layer; `coded`: bytes of the stream of each of its tensors that is entropy-coded, and that tensor."""
+    count, bits = math.prod(e.weight_shape), e.stored_bits()
+    for key, (length, tensor) in coded.items():
+        bits += 8 * length - (e.codes.numel() * e.bits if key == CODES else 8 * tensor.numel() * tensor.element_size())
+    kind = "palette" if e.centroids is not None else "affine"
+    return {
+        "name": name, "kind": kind, "shape": list(e.weight_shape), "bits": e.bits, "numel": count, "dim": e.dim,
+        "rank": 0 if e.adapter is None else e.adapter.rank,
+        "entropy": entropy(e.codes) * e.codes.numel() / max(count, 1),
+        "stored_bits": bits, "bits_per_weight": bits / max(count, 1),
+    }  # fmt: skip
 
 
 def checkpoint_bytes(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> int:
