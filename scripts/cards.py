@@ -1,6 +1,6 @@
 """Copies the cards of packed models, with their plots, into model_cards/.
 
-    python scripts/cards.py runs/study/imagenette/size-aware-0.05--deployed-0/train/nearest-8bit mobilenet-imagenette-w8 ...
+    python scripts/cards.py runs/study/imagenette/relative-0.05--deployed-0/train/nearest-8bit mobilenet-imagenette-w8 ...
 
 Pairs of a packed model's folder (the training scripts write its card and plots) and the name of the card. Nothing in a card is
 edited but the links to its plots.

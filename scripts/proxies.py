@@ -133,8 +133,18 @@ PROXIES = {
 
 
 ITERS = 200  # of AdaRound in the study
-NARROW = ("W4A32", "W2A32")
+WIDE, NARROW = ("W8A32", "W6A32", "W4A32", "W3A32", "W2A32"), ("W4A32", "W2A32")
 SLOW = ("adaround", "pdquant")
+
+
+def folder_name(words: str) -> str:
+    """`words` with hyphens for what is unusual in the name of a folder."""
+    return "".join(c if c.isalnum() or c in ".-" else "-" for c in words)
+
+
+def clustered(bits: int, dims: int) -> str:
+    """Name of a clustering: its row in metrics.json, or its folder."""
+    return f"dkm-{bits}bit" + (f"-{dims}dim" if dims > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -152,8 +162,7 @@ class Run:
     @property
     def out(self) -> Path:
         """The folder of everything about this run."""
-        name = "".join(c if c.isalnum() or c in ".-" else "-" for c in self.form)
-        return self.root / self.proxy / f"{name}-{self.seed}"
+        return self.root / self.proxy / f"{folder_name(self.form)}-{self.seed}"
 
     @property
     def model(self) -> Path:
@@ -188,7 +197,7 @@ class Run:
 
     def nearest(self) -> Step:
         """Rounded to nearest at all widths, per tensor and per channel."""
-        return self.table("nearest", ("W8A32", "W6A32", "W4A32", "W3A32", "W2A32"), ("per_tensor", "per_channel"))
+        return self.table("nearest", WIDE, ("per_tensor", "per_channel"))
 
     def table(
         self,
@@ -212,7 +221,7 @@ class Run:
         words = (*words, "--method", "dkm", "--granularity", "per_tensor", "--weight_bits", str(bits))
         if dims > 1:
             words = (*words, "--options", f'{{"dim": {dims}}}')
-        name = f"dkm-{bits}bit" + (f"-{dims}dim" if dims > 1 else "")
+        name = clustered(bits, dims)
         return Step(self._label(name), words, self.out / name, self.own.minutes[2] / 4)
 
     def quantized_training(self, method: str, bits: int) -> Step:

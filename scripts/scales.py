@@ -7,7 +7,7 @@ from pathlib import Path
 
 import paper_numbers as paper
 from cells import Found, Scale
-from proxies import BASELINE, FIXED, HEAVY, PAPER, PROXIES, Run, size_aware
+from proxies import BASELINE, FIXED, HEAVY, PAPER, PROXIES, WIDE, Run, clustered, folder_name, size_aware
 from steps import Step
 
 METHODS = {"Naive": "nearest", "DFQ": "dfq", "AdaRound": "adaround", "SQuant": "squant", "PD-Quant": "pdquant"}
@@ -37,11 +37,6 @@ FLAGS: dict[str, tuple[str, ...]] = {
     paper.PAPER: (),
     paper.AWARE: size_aware("std", "0.001", "raw"),
 }
-
-
-def clustered(bits: int, dims: int) -> str:
-    """Name of the row of a clustering."""
-    return f"dkm-{bits}bit" + (f"-{dims}dim" if dims > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -129,7 +124,7 @@ class Paper:
             if model in (paper.R18, paper.V1):
                 words = (*words, "--dkm_bits", "1", "2", "4", "--dkm_vectors", "2/2", "4/4", "--dkm_steps", "50000")
         label = f"{model}, {training}: train"
-        folder = "".join(c if c.isalnum() else "-" for c in f"{model}-{training}")
+        folder = folder_name(f"{model}-{training}")
         return Step(label, words, self.root / "paper" / f"{folder}-{self.seed}" / "train", 60 * hours, resumes=True)
 
     def find(self, table: int, model: str, training: str, column: str) -> Found:
@@ -148,8 +143,7 @@ class Paper:
 
     def rounded(self, model: str, training: str) -> Found:
         """Rounded to nearest per tensor at all widths."""
-        widths = ("W8A32", "W6A32", "W4A32", "W3A32", "W2A32")
-        return self.quantized(self.train(model, training), "nearest", *widths, grid="per_tensor")
+        return self.quantized(self.train(model, training), "nearest", *WIDE, grid="per_tensor")
 
     def saved(self, model: str, training: str) -> Path:
         """Folder of the trained float model."""

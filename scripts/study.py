@@ -4,9 +4,9 @@
     python scripts/study.py --data_dir DIR --text_model DIR --proxies cifar10 --seeds 0 1 2
 
 DIR holds imagenette160/, cifar10/, qnli/ and models/mobilenet_v1_0.75_224 (parquet files with `image` and `label`, or question,
-sentence and label). With the first of `--seeds`
-three forms (none, the paper's, the recommended one) also get AdaRound and clusterings. The same command skips what is done and
-goes on where it was stopped; tables hold what there is (mean and spread over seeds), in study.md, study.csv and a plot.
+sentence and label). With the first of `--seeds` three forms (none, the paper's, the recommended one) also get AdaRound and
+clusterings. The same command skips what is done and goes on where it was stopped; tables hold what there is (mean and
+spread over seeds), in study.md, study.csv and a plot.
 """
 
 from __future__ import annotations

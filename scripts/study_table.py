@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from proxies import PROXIES
+from proxies import PROXIES, folder_name
 
 COLUMNS: dict[str, str] = {
     "float": "float",
@@ -44,8 +44,9 @@ def collect(folder: Path, proxy: str) -> list[dict[str, Any]]:
     """A row for each form that has at least one trained seed: `form`, `seeds`, mean of each column, and its spread."""
     rows = []
     for form in PROXIES[proxy].forms:
-        name = "".join(c if c.isalnum() or c in ".-" else "-" for c in form)
-        found = [one for one in (_read(run) for run in sorted(folder.glob(f"{name}-[0-9]*"))) if "float" in one]
+        found = [
+            one for one in (_read(run) for run in sorted(folder.glob(f"{folder_name(form)}-[0-9]*"))) if "float" in one
+        ]
         if found:
             rows.append({"form": form, "seeds": len(found), **_merged(found)})
     return rows
