@@ -6,6 +6,7 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,11 @@ class Step:
         file = self.out / DONE
         return file.is_file() and json.loads(file.read_text())["words"] == list(self.words)
 
+    def took(self) -> float:
+        """Minutes that it took where it is done and was timed; else what it is thought to take."""
+        seconds = json.loads((self.out / DONE).read_text()).get("seconds") if self.done() else None
+        return self.minutes if seconds is None else round(seconds / 60, 1)
+
 
 def _checkpoints(out: Path) -> list[Path]:
     return [folder for folder in out.glob("checkpoint-*") if (folder / "trainer_state.json").is_file()]
@@ -49,7 +55,7 @@ def plan(steps: Sequence[Step], cost: str) -> str:
     lines = [f"| step | state | {cost} | command |", "|---|---|---:|---|"]
     for step in steps:
         state = "done" if step.done() else "to run"
-        lines.append(f"| {step.name} | {state} | {step.minutes:g} | `python scripts/{shlex.join(step.command())}` |")
+        lines.append(f"| {step.name} | {state} | {step.took():g} | `python scripts/{shlex.join(step.command())}` |")
     left = sum(step.minutes for step in steps if not step.done())
     return "\n".join([*lines, "", f"{len(steps)} steps, to go about {left:.0f} {cost}"])
 
@@ -66,9 +72,11 @@ def run(steps: Sequence[Step], launcher: Sequence[str] = ()) -> list[str]:
         if step.done():
             continue
         tqdm.write(f"\n{step.name}: python scripts/{shlex.join(step.command())}")
+        start = time.perf_counter()
         code = _run(step, launcher)
         if code == 0:
-            common.write_json(step.out / DONE, {"words": list(step.words)})
+            seconds = round(time.perf_counter() - start, 1)  # of the last start, where it was interrupted before
+            common.write_json(step.out / DONE, {"words": list(step.words), "seconds": seconds})
         elif code in (INTERRUPTED, -2):
             raise SystemExit(INTERRUPTED)
         else:

@@ -52,6 +52,18 @@ def test_what_is_done_is_skipped_and_other_flags_run_again(fake):
     assert len(calls(fake("a"))) == 2
 
 
+def test_the_plan_shows_what_a_step_took_once_it_is_done(fake):
+    step = fake("a")
+    assert steps.plan([step], "minutes").splitlines()[2].startswith("| a | to run | 1.5 |")
+    steps.run([step])
+    noted = json.loads((step.out / "done.json").read_text())
+    assert 0 < noted["seconds"] < 60
+    (step.out / "done.json").write_text(json.dumps(noted | {"seconds": 252.0}))
+    assert steps.plan([step], "minutes").splitlines()[2].startswith("| a | done | 4.2 |")
+    (step.out / "done.json").write_text(json.dumps({"words": noted["words"]}))  # of a version that kept no time
+    assert step.took() == 1.5
+
+
 def test_a_step_that_fails_is_named_tried_again_and_stops_no_other(fake):
     wanted = [fake("a", code=3), fake("b")]
     assert steps.run(wanted) == ["a"]
