@@ -14,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from hf_r2.attach import attach_shared_, show_encoded_
 from hf_r2.coded import await_streams_, code_streams, decode_streams_
+from hf_r2.direct import fill_, is_direct, release_
 from hf_r2.encoders.activations import InputQuantizer
 from hf_r2.float_passes import build_skeleton_
 from hf_r2.integrity import checksums, verify
@@ -45,11 +46,12 @@ class R2HfQuantizer(HfQuantizer):
         model: PreTrainedModel,
         dtype: torch.dtype | None = None,
         checkpoint_files: Iterable[str] | None = None,
+        device_map: Any = None,
         **_: Any,
     ) -> None:
         if not self.pre_quantized or self.quantization_config.stage == "recipe":
             return
-        shapes = verify(checkpoint_files or [])
+        shapes, stored = verify(checkpoint_files or [], is_direct)
         build_skeleton_(model, self.quantization_config.skeleton)
         if self.quantization_config.stage == "prepared":
             _attach_prepared_(model, self.quantization_config)
@@ -63,10 +65,13 @@ class R2HfQuantizer(HfQuantizer):
                 module.add_module("input_quantizer", InputQuantizer(layout.act_bits, layout.act_range))
         _check_shapes(model, shapes)
         retie(model, pairs)
+        if device_map is None or (isinstance(device_map, dict) and {str(d) for d in device_map.values()} == {"cpu"}):
+            fill_(model, stored)  # elsewhere transformers places them
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         stage = self.quantization_config.stage
         if stage == "packed" and self.pre_quantized:
+            release_(model)
             _restore_dtypes(model)
             _check_loaded(model)
             decode_streams_(model)

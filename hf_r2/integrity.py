@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 KEY = "hf_r2"
+DTYPES = {"U8": torch.uint8, "F32": torch.float32}  # by their names in safetensors
 
 
 def checksums(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
@@ -53,13 +54,19 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def verify(files: Iterable[str | Path]) -> dict[str, list[int]]:
+def verify(
+    files: Iterable[str | Path], keep: Callable[[str], bool] = lambda name: False
+) -> tuple[dict[str, list[int]], dict[str, Tensor]]:
     """Shapes of all tensors in these safetensors files, after checking every byte that has a checksum.
+
+    Every byte being read anyway, the tensors that `keep` wants by their names come with the shapes, if their dtype is one of
+    `DTYPES`.
 
     Raises ValueError that names the file and the tensor for damage. Files without our checksums are only checked for
     their length.
     """
     shapes: dict[str, list[int]] = {}
+    kept: dict[str, Tensor] = {}
     for file in map(Path, files):
         header, begin = read_header(file)
         metadata = header.pop("__metadata__", None) or {}
@@ -71,9 +78,16 @@ def verify(files: Iterable[str | Path]) -> dict[str, list[int]]:
             for name, entry in header.items():
                 shapes[name] = entry["shape"]
                 first, last = entry["data_offsets"]
+                wanted = keep(name) and entry["dtype"] in DTYPES and last > first
+                if known is None and not wanted:
+                    continue
+                data = bytearray(last - first)
                 stream.seek(begin + first)
-                if known is not None and f"{zlib.crc32(stream.read(last - first)):08x}" not in known:
+                stream.readinto(data)
+                if known is not None and f"{zlib.crc32(data):08x}" not in known:
                     raise ValueError(
                         f"{file} is damaged: the bytes of {name!r} changed; fetch or save the checkpoint again"
                     )
-    return shapes
+                if wanted:
+                    kept[name] = torch.frombuffer(data, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
+    return shapes, kept
