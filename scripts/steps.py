@@ -75,7 +75,7 @@ def run(steps: Sequence[Step], launcher: Sequence[str] = ()) -> list[str]:
         start = time.perf_counter()
         code = _run(step, launcher)
         if code == 0:
-            seconds = round(time.perf_counter() - start, 1)  # of the last start, where it was interrupted before
+            seconds = round(time.perf_counter() - start, 2)  # of the last start, where it was interrupted before
             common.write_json(step.out / DONE, {"words": list(step.words), "seconds": seconds})
         elif code in (INTERRUPTED, -2):
             raise SystemExit(INTERRUPTED)
