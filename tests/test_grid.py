@@ -128,6 +128,30 @@ def test_bits_out_of_range(bits):
         Grid(bits)
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    halves=st.lists(st.integers(-600, 600), min_size=4, max_size=4),
+    noise=st.floats(-(2.0**-10), 2.0**-10, width=32),
+    power=st.integers(-30, 30),
+    zero_points=st.lists(st.integers(0, 255), min_size=2, max_size=2),
+    grid=st.sampled_from(EVERY_GRID),
+)
+def test_codes_are_the_definition_to_the_last_tie(halves, noise, power, zero_points, grid):
+    scale = np.float32(2.0**power)
+    x = np.array(halves, np.float32).reshape(2, 2) / 2 * scale + np.float32(noise) * scale
+    zero_point = np.array(zero_points, np.float32).reshape(2, 1)
+    expected = np.clip(np.rint(x / scale) + zero_point, grid.qmin, grid.qmax).astype(np.uint8)
+    found = quantize(torch.from_numpy(x), torch.full((2, 1), float(scale)), torch.from_numpy(zero_point), grid)
+    assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("zero_point", [7.0, 8.0])
+def test_what_is_far_out_is_clamped(zero_point):
+    far = [-np.inf, -3e38, -2e7, -9e6, -5e6, 5e6, 9e6, 2e7, 3e38, np.inf]
+    codes = quantize(torch.tensor(far), torch.tensor(1.0), torch.tensor(zero_point), Grid(4, symmetric=False))
+    assert codes.tolist() == [0] * 5 + [15] * 5
+
+
 @pytest.mark.parametrize("axis", [None, 0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_slices_give_the_codes_of_the_whole(monkeypatch, axis, dtype):
