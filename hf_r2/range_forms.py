@@ -25,6 +25,7 @@ Number = Any  # a float, or a tensor [R, 1]
 Numbers = list[Number]
 Place = slice | Tensor  # columns, or the indices of single ones
 Term = tuple[Place, Tensor, Number]  # where it lies, and two factors
+Places = list[tuple[Tensor, Tensor]]
 
 
 class Form(Protocol):
@@ -59,9 +60,13 @@ class Form(Protocol):
 
 
 class Scratch:
-    """Working buffers, made once a call: fresh pages cost more than the arithmetic."""
+    """Working buffers, made once a call: fresh pages cost more than the arithmetic.
+
+    `places`: of a single weight where the few are that have a gradient, and their signs, from its totals for its gradient.
+    """
 
     def __init__(self) -> None:
+        self.places: Places | None = None
         self.buffers: dict[tuple, Tensor] = {}
         self.views: dict[tuple, tuple[Tensor, Tensor]] = {}
 
@@ -85,7 +90,7 @@ def readable(device: torch.device) -> bool:
 
 def single(x: Tensor) -> bool:
     """One weight on a CPU: its sums are Python floats, cheaper to calculate with than tensors of one element."""
-    return x.dim() == 1 and readable(x.device)
+    return x.dim() == 1 and x.is_cpu
 
 
 def working_dtype(w: Tensor) -> torch.dtype:
@@ -142,7 +147,7 @@ class Magnitude:
         """How many weights are the largest."""
         ties: Number = 0.0
         for _, sign in self._signs(x, bounds, scratch):
-            ties = ties + _dot(sign, sign)
+            ties = ties + (float(len(sign)) if single(x) else _dot(sign, sign))
         return [ties]
 
     def safe(self, totals: Tensor) -> Tensor:
@@ -164,10 +169,10 @@ class Magnitude:
         assert bounds is not None
         largest = _larger(*bounds)
         if single(x):
-            if largest > 0:  # not of zeros alone, and neither of NaN
-                yield from _places(
-                    x, [s * largest for s, bound in zip((1, -1), bounds, strict=True) if bound == largest]
-                )
+            if scratch.places is None:  # not of zeros alone, and neither of NaN
+                values = [s * largest for s, bound in zip((1, -1), bounds, strict=True) if bound == largest > 0]
+                scratch.places = [*_places(x, values)]
+            yield from scratch.places
             return
         for place, part in pieces(x):
             sign = scratch(part)[1]

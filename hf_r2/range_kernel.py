@@ -21,6 +21,7 @@ from hf_r2.range_forms import (
     SOFT_RANGE,
     Form,
     Numbers,
+    Places,
     Scratch,
     Term,
     bounds_of,
@@ -31,6 +32,7 @@ from hf_r2.range_forms import (
 )
 from hf_r2.range_shards import Shards, like_shard, shard_of
 
+FEW = 1 << 10  # places in a weight that are kept from the forward pass to the backward pass
 SMALL = 1 << 15  # weights of equal size up to this one are stacked and handled together
 
 
@@ -107,6 +109,7 @@ class Plan(NamedTuple):
     bounds: Tensor  # [N, 2], 0 where they are not used
     shifted: frozenset[int]  # where they are
     shares: Tensor  # [N, C]
+    places: dict[int, Places]  # where the gradient lies, of weights where the totals found so, and it is little
 
 
 class _Losses(torch.autograd.Function):
@@ -117,10 +120,11 @@ class _Losses(torch.autograd.Function):
         local = [shard_of(w) for w in weights]
         wide = torch.float64 if scalars.device.type == "cpu" else working_dtype(local[0])
         column = scalars.detach().view(-1, 1).to(wide, copy=True)
-        bounds, shifted, totals = _measured(form, column, local, Shards(weights), way.compiled)
+        places: dict[int, Places] = {}
+        bounds, shifted, totals = _measured(form, column, local, Shards(weights), way.compiled, places)
         losses, slopes, shares = form.shares(totals, column[:, 0], bounds)
         if any(ctx.needs_input_grad):
-            ctx.plan = Plan(form, way.compiled, column, bounds, shifted, shares)
+            ctx.plan = Plan(form, way.compiled, column, bounds, shifted, shares, places)
             ctx.slopes, ctx.into_grad = slopes, way.into_grad
             ctx.save_for_backward(*weights)
         return losses.to(torch.float64 if any(w.dtype == torch.float64 for w in local) else torch.float32)
@@ -174,21 +178,27 @@ def _add_to_grad_(plan: Plan, weights: Sequence[Tensor], chosen: list[int]) -> N
 
 
 def _measured(
-    form: Form, scalars: Tensor, weights: Sequence[Tensor], shards: Shards, compiled: bool
+    form: Form,
+    scalars: Tensor,
+    weights: Sequence[Tensor],
+    shards: Shards,
+    compiled: bool,
+    places: dict[int, Places],
 ) -> tuple[Tensor, frozenset[int], Tensor]:
-    """Bounds [N, 2], of which weights they are used, and totals [N, K], all of the whole weights."""
+    """Bounds [N, 2], of which weights they are used, and totals [N, K], all of the whole weights; fills `places`."""
     every = range(len(weights))
     if form.bounded or not readable(scalars.device):
         bounds = shards.largest(_bounds(weights, every, scalars))
-        return bounds, frozenset(every), shards.total(_totals(form, scalars, weights, every, bounds, compiled))
-    totals = shards.total(_totals(form, scalars, weights, every, None, compiled))
+        totals = _totals(form, scalars, weights, every, bounds, compiled, places)
+        return bounds, frozenset(every), shards.total(totals)
+    totals = shards.total(_totals(form, scalars, weights, every, None, compiled, places))
     bounds = scalars.new_zeros(len(weights), 2)
     # looked at afterwards, when the sums are at hand
     unsafe = [i for i, safe in enumerate(form.safe(totals).tolist()) if not safe]
     if unsafe:
         largest = shards.largest(_bounds(weights, unsafe, scalars))
         bounds[unsafe] = largest[unsafe]
-        totals[unsafe] = shards.total(_totals(form, scalars, weights, unsafe, largest, compiled))[unsafe]
+        totals[unsafe] = shards.total(_totals(form, scalars, weights, unsafe, largest, compiled, places))[unsafe]
     return bounds, frozenset(unsafe), totals
 
 
@@ -208,8 +218,9 @@ def _totals(
     chosen: Sequence[int],
     bounds: Tensor | None,
     compiled: bool,
+    places: dict[int, Places],
 ) -> Tensor:
-    """The sums of each chosen weight, [N, K]."""
+    """The sums of each chosen weight, [N, K]; `places` where they find them."""
     rows: dict[int, Any] = {}
     scalar_rows, bound_rows = _rows(scalars), None if bounds is None else _rows(bounds)
     if compiled and bounds is None:
@@ -218,7 +229,11 @@ def _totals(
     for indices in _batches(weights, [i for i in chosen if i not in rows]):
         x = _together([weights[i].detach() for i in indices])
         known = None if bound_rows is None else _numbers(bound_rows, indices, x)
+        scratch.places = None
         totals = form.totals(x, _numbers(scalar_rows, indices, x)[0], known, scratch)
+        found: Places | None = scratch.places
+        if found is not None and sum(len(place) for place, _ in found) <= FEW:
+            places[indices[0]] = found
         rows.update(zip(indices, _split(totals, x), strict=True))
     return _table(rows, len(weights), scalars)
 
@@ -236,6 +251,7 @@ def _add_gradients_(plan: Plan, weights: Sequence[Tensor], grads: list[Tensor | 
         for indices in _batches(weights, rest):
             x = _together([weights[i].detach() for i in indices])
             known = _numbers(bounds, indices, x) if shifted else None
+            scratch.places = plan.places.get(indices[0]) if single(x) else None
             terms = plan.form.gradient(
                 x, _numbers(scalars, indices, x)[0], known, _numbers(shares, indices, x), scratch
             )
