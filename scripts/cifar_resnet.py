@@ -25,7 +25,9 @@ from transformers import HfArgumentParser, ResNetConfig, ResNetForImageClassific
 import common
 import data_files
 import image_data
+import vision_models
 from hf_r2 import ENCODERS, R2QuantConfig, R2Trainer, R2TrainingArguments, convert, prepare
+from hf_r2.model_card import write_card
 from hf_r2.report import report
 from images import BAD_IMAGES, Pictures
 
@@ -148,6 +150,15 @@ def first(data: Dataset, most: int | None) -> Dataset:
     return data if most is None else data.select(range(min(most, len(data))))
 
 
+def results(model: nn.Module, args: CifarArguments, range_loss: str | None, top1: float) -> dict[str, Any]:
+    """What a card says of the packed model, and its report."""
+    row = common.packed_row(str(args.method), model, args.recipe(), {"accuracy": top1}, range_loss)
+    name = Path(args.validation_file).name
+    task = {"name": "Image classification", "dataset": name, "split": "validation", "metric": "accuracy"}
+    said = {key: value for key, value in report(model).items() if key != "layers"}
+    return {"task": task, "results": [row], "first_last": row["policy"], "report": said}
+
+
 def main() -> None:
     """Decode once, train, measure, save the model and metrics.json."""
     parser = HfArgumentParser((CifarArguments, R2TrainingArguments), description=__doc__)  # type: ignore[arg-type]
@@ -174,10 +185,13 @@ def main() -> None:
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     if args.method is not None:
         convert(model)
-        made["report"] = {key: value for key, value in report(model).items() if key != "layers"}
     model.save_pretrained(out)
+    vision_models.square_processor(args.image_size).save_pretrained(out)
     top1 = accuracy(model, validation)
     measured = {"accuracy": top1, "train_accuracy": accuracy(model, train), "log": trainer.state.log_history}
+    if args.method is not None:
+        made |= results(model, args, None if trainer.range_loss is None else training.range_loss, top1)
+        write_card(out, made)
     common.write_json(out / "metrics.json", {**made, **measured, "time_s": round(time.perf_counter() - start, 1)})
     print(f"{100 * top1:.2f} % on {len(validation)} images; the model is in {out}")
 

@@ -95,6 +95,12 @@ def make_trainable_(model: nn.Module) -> None:
             module.p = DROPOUT
 
 
+def square_processor(image_size: int) -> Any:
+    """Prepares images of up to `image_size` pixels as `images.Pictures` does: the middle, scaled up, bytes to [-1, 1]."""
+    size, half = {"shortest_edge": image_size}, [0.5] * 3
+    return ConvNextImageProcessorPil(size=size, crop_pct=1.0, resample=3, image_mean=half, image_std=half)
+
+
 def processor(name: str | None, image_size: int) -> Any:
     """The image processor of a trained model (the one that a folder of scripts without one gets is ImageNet's)."""
     if name is not None and (not Path(name).is_dir() or (Path(name) / "preprocessor_config.json").is_file()):

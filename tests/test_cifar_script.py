@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_dataset
-from transformers import AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from tests.test_quantize_script import images, pictures
 
@@ -77,6 +77,9 @@ def test_a_short_run_saves_what_it_measured(tmp_path):
     test = images.Pictures(load_dataset("parquet", data_files=str(tmp_path / "test.parquet"))["train"], 16, "", "test")
     assert script.accuracy(model, test) == metrics["accuracy"]
     assert f"{100 * metrics['accuracy']:.2f} % on 10 images" in run.stdout
+    small = load_dataset("parquet", data_files=str(tmp_path / "test.parquet"))["train"][3]["image"].resize((9, 8))
+    prepared = AutoImageProcessor.from_pretrained(out)(small, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(prepared, test.normalized(images.square(small, 16)[None]), rtol=0, atol=1e-6)
     more = [
         "--model_name_or_path",
         str(out),
@@ -98,6 +101,9 @@ def test_a_short_run_saves_what_it_measured(tmp_path):
     metrics = json.loads((tmp_path / "lsq" / "metrics.json").read_text())
     assert metrics["report"]["policy"] == "first and last layers at 2 bits, like the rest"
     assert script.accuracy(packed, test) == metrics["accuracy"]
+    card = (tmp_path / "lsq" / "README.md").read_text()
+    assert f"**{100 * metrics['accuracy']:.2f} % accuracy** on Image classification (test.parquet, validation)" in card
+    assert "W2A4 by lsq" in card and metrics["results"][0]["bits_per_weight"] == metrics["report"]["bits_per_weight"]
 
 
 def test_a_recipe_that_does_not_fit_is_refused_at_once():

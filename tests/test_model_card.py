@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -210,18 +211,34 @@ def test_unclear_calls_are_refused(folder, tmp_path):
         write_card(tmp_path, METRICS, result="w4")
 
 
-def test_plots_beside_the_model_are_shown_and_copied_with_the_card(folder, tmp_path, monkeypatch):
+def test_plots_beside_the_model_are_shown_and_copied_with_the_card(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "scripts"))
     cards = importlib.import_module("cards")
     (folder / "weights.png").write_bytes(b"picture")
     card_of(folder)
     written = (folder / "README.md").read_text()
     assert "![weights of a layer](weights.png)" in written and "accuracy.png" not in written
-    copied = cards.copy_card(folder, "mine", tmp_path / "cards")
-    assert "![weights of a layer](mine/weights.png)" in copied.read_text()
+    with pytest.raises(SystemExit, match=r"no metrics\.json"):
+        cards.copy_card(folder, "mine", tmp_path / "cards")
+    named = folder.rename(tmp_path / "w4")  # the row of results that it holds
+    (named / "metrics.json").write_text(json.dumps(METRICS))
+    copied = cards.copy_card(named, "mine", tmp_path / "cards")
+    text = copied.read_text()
+    assert "![weights of a layer](mine/weights.png)" in text and "\n# mine\n" in text
     assert (tmp_path / "cards" / "mine" / "weights.png").read_bytes() == b"picture"
-    with pytest.raises(SystemExit, match=r"no README\.md"):
-        cards.copy_card(tmp_path / "cards", "mine", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["cards.py", "one"])
-    with pytest.raises(SystemExit, match="Copies the cards"):
-        cards.main()
+    assert "## Deployed" not in text
+    bench = tmp_path / "bench.json"
+    bench.write_text(
+        json.dumps(
+            {"deployed": [FLOAT_RUN, W8A8_RUN], "head": "a processor", "command": "python scripts/bench_export.py"}
+        )
+    )
+    monkeypatch.setattr(cards, "CARDS", tmp_path / "cards")
+    monkeypatch.setattr(sys, "argv", ["cards.py", str(named), "fast", "--deployed", str(bench)])
+    cards.main()
+    assert "Measured on a processor by" in (tmp_path / "cards" / "fast.md").read_text()
+    for words, said in ((["one"], "come in pairs, got 1"), (["a", "b", "--deployed", "no.json"], "no file no.json")):
+        monkeypatch.setattr(sys, "argv", ["cards.py", *words])
+        with pytest.raises(SystemExit):
+            cards.main()
+        assert said in capsys.readouterr().err
