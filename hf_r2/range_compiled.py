@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hf_r2.range_forms import EXCESS, LOG2_E, SOFT_RANGE, Form
+from hf_r2.range_forms import EXCESS, LOG2_E, SOFT_RANGE, Form, flat, is_dense
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def compiled_totals(form: Form, scalars: Sequence[float], weights: Sequence[Tens
         loop = _compiled(form, "totals", len(chosen), line)
         if loop is None:
             break
-        xs = [weights[i].detach().view(-1, line) for i in chosen]
+        xs = [flat(weights[i].detach()).view(-1, line) for i in chosen]
         sums = loop(xs, torch.tensor([_factor(form) * scalars[i] for i in chosen]))
         assert sums is not None
         found.update(zip(chosen, sums.tolist(), strict=True))
@@ -58,18 +58,18 @@ def add_compiled_(
 ) -> set[int]:
     """Adds the gradients of those chosen weights that it can handle to `grads`, or puts new ones there; which they are."""
     done: set[int] = set()
-    fitting = [i for i in chosen if form in LOOPS and _fits(weights[i]) and (grads[i] is None or _fits(grads[i]))]  # type: ignore[arg-type]
+    fitting = [i for i in chosen if form in LOOPS and _fits(weights[i]) and _alike(grads[i], weights[i])]
     for fresh in (False, True):
         for group in _groups(weights, [i for i in fitting if (grads[i] is None) is fresh]):
             line = _line(weights[group[0]])
             loop = _compiled(form, "fresh" if fresh else "added", len(group), line)
             if loop is None:
                 return done
-            xs = [weights[i].detach().view(-1, line) for i in group]
+            xs = [flat(weights[i].detach()).view(-1, line) for i in group]
             for i in group if fresh else ():
                 grads[i] = torch.empty_like(weights[i])
             lines = torch.tensor([[_factor(form) * scalars[i], *shares[i]] for i in group])
-            loop(xs, [grads[i].view(-1, line) for i in group], lines)  # type: ignore[union-attr]
+            loop(xs, [flat(grads[i]).view(-1, line) for i in group], lines)  # type: ignore[arg-type]
             done.update(group)
     return done
 
@@ -81,8 +81,13 @@ def _fits(w: Tensor) -> bool:
         and size % LINES[-1] == 0
         and w.device.type == "cpu"
         and w.dtype == torch.float32
-        and w.is_contiguous()
+        and is_dense(w)
     )
+
+
+def _alike(grad: Tensor | None, w: Tensor) -> bool:
+    """Whether elements of `w` have their gradient in the same places of memory."""
+    return grad is None or (grad.dtype == w.dtype and grad.stride() == w.stride())
 
 
 def _line(w: Tensor) -> int:

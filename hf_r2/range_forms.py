@@ -88,9 +88,28 @@ def readable(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def is_dense(t: Tensor) -> bool:
+    """Whether its elements fill a piece of memory without gaps, in whatever order: contiguous, channels last, transposed."""
+    if t.is_contiguous():
+        return True
+    filled = 1
+    for size, stride in sorted(zip(t.shape, t.stride(), strict=True), key=lambda pair: pair[1]):
+        if size > 1 and stride != filled:
+            return False
+        filled *= size
+    return True
+
+
+def flat(t: Tensor) -> Tensor:
+    """Its elements [n] in the order of memory, a view; a copy in the order of its axes where it is not dense."""
+    if t.is_contiguous() or not is_dense(t):
+        return t.reshape(-1)
+    return t.as_strided((t.numel(),), (1,))
+
+
 def single(x: Tensor) -> bool:
     """One weight on a CPU: its sums are Python floats, cheaper to calculate with than tensors of one element."""
-    return x.dim() == 1 and x.is_cpu
+    return x.dim() == 1 and readable(x.device)
 
 
 def working_dtype(w: Tensor) -> torch.dtype:
@@ -298,14 +317,10 @@ def _exponentials(x: Tensor, alpha: Number, both: Tensor) -> None:
 def _moments(both: Tensor, x: Tensor, square: Tensor) -> Numbers:
     """The totals of `SoftRange` without bounds; `square` is overwritten."""
     torch.mul(x, x, out=square)
-    if single(x):
-        sums, firsts, seconds = (t.tolist() for t in (both.sum(1), torch.mv(both, x), torch.mv(both, square)))
-    else:
-        sums, firsts, seconds = (
-            (t if f is None else t * f).sum(-1, keepdim=True).unbind()
-            for t, f in ((both, None), (both, x), (both, square))
-        )
-    return [sums[0], firsts[0], seconds[0], sums[1], -firsts[1], seconds[1]]
+    # torch.mv takes both sides at once, a tenth quicker, but is ten times less exact
+    moments = [(_total(side), _dot(side, x), _dot(side, square)) for side in both]
+    (sum_up, first_up, second_up), (sum_down, first_down, second_down) = moments
+    return [sum_up, first_up, second_up, sum_down, -first_down, second_down]
 
 
 def _distance(x: Tensor, side: int, bound: Number, out: Tensor) -> Tensor:

@@ -23,13 +23,14 @@ from hf_r2.range_forms import (
     Numbers,
     Places,
     Scratch,
-    Term,
     bounds_of,
+    flat,
     pieces,
     readable,
     single,
     working_dtype,
 )
+from hf_r2.range_gradient import deliver_
 from hf_r2.range_shards import Shards, like_shard, shard_of
 
 FEW = 1 << 10  # places in a weight that are kept from the forward pass to the backward pass
@@ -82,11 +83,11 @@ def soft_ranges(weights: Sequence[Tensor], alphas: Tensor, way: Way = PLAIN) -> 
 def center_and_spread(w: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (of all, not of a sample) of `w`: two scalars; faster than `torch.std`."""
     shards = Shards([w])
-    flat = shard_of(w.detach()).reshape(-1)
-    dtype = working_dtype(flat)
-    mean = shards.total(flat.sum(dtype=dtype).view(1, 1))[0, 0] / max(w.numel(), 1)
-    total = torch.zeros((), dtype=dtype, device=flat.device)
-    for _, part in pieces(flat):
+    line = flat(shard_of(w.detach()))
+    dtype = working_dtype(line)
+    mean = shards.total(line.sum(dtype=dtype).view(1, 1))[0, 0] / max(w.numel(), 1)
+    total = torch.zeros((), dtype=dtype, device=line.device)
+    for _, part in pieces(line):
         off = part - mean
         total += off.dot(off)
     return mean, (shards.total(total.view(1, 1))[0, 0] / max(w.numel(), 1)).sqrt()
@@ -156,6 +157,8 @@ def _nobody_waits(w: Tensor, node: Any) -> bool:
     """Whether this pass accumulates the gradient of `w` in `.grad`, and nobody looks at what it accumulates."""
     hooked = w._backward_hooks or getattr(w, "_post_accumulate_grad_hooks", None)
     if hooked or not w.is_leaf or type(w) not in (Tensor, torch.nn.Parameter):
+        return False
+    if getattr(node, "variable", None) is not w:  # hooks on what is saved for the backward pass made a copy of it
         return False
     try:
         return torch._C._will_engine_execute_node(node)  # type: ignore[attr-defined]
@@ -255,7 +258,7 @@ def _add_gradients_(plan: Plan, weights: Sequence[Tensor], grads: list[Tensor | 
             terms = plan.form.gradient(
                 x, _numbers(scalars, indices, x)[0], known, _numbers(shares, indices, x), scratch
             )
-            _deliver(terms, plan.form.dense, x, weights, indices, grads)
+            deliver_(terms, plan.form.dense, x, weights, indices, grads)
 
 
 def _batches(weights: Sequence[Tensor], chosen: Sequence[int]) -> Iterator[list[int]]:
@@ -272,7 +275,7 @@ def _batches(weights: Sequence[Tensor], chosen: Sequence[int]) -> Iterator[list[
 
 def _together(members: Sequence[Tensor]) -> Tensor:
     """[n] for one weight, [R, n] for more."""
-    return members[0].reshape(-1) if len(members) == 1 else torch.stack([m.reshape(-1) for m in members])
+    return flat(members[0]) if len(members) == 1 else torch.stack([flat(m) for m in members])
 
 
 def _rows(table: Tensor) -> list[Any]:
@@ -307,40 +310,3 @@ def _table(rows: dict[int, Any], count: int, like: Tensor) -> Tensor:
         none = like.new_zeros(len(first))
         return torch.stack([torch.as_tensor(rows[i]).to(like) if i in rows else none for i in range(count)])
     return torch.tensor([rows.get(i, [0.0] * len(first)) for i in range(count)], dtype=like.dtype, device=like.device)
-
-
-def _deliver(
-    terms: Iterator[Term], dense: bool, x: Tensor, weights: Sequence[Tensor], indices: list[int], grads: list
-) -> None:
-    """Adds the terms to the gradients of these weights, or makes these."""
-    held = [grads[i] for i in indices]
-    if len(held) == 1 and _writable(held[0], weights[indices[0]]):
-        _add_(held[0].view(-1), terms, fresh=False)
-        return
-    out = (torch.empty_like if dense else torch.zeros_like)(x, dtype=working_dtype(x))
-    _add_(out, terms, fresh=dense)
-    for i, grad, row in zip(indices, held, [out] if len(held) == 1 else out, strict=True):
-        more = row.view(weights[i].shape)
-        grads[i] = more if grad is None else grad.add_(more)
-
-
-def _writable(grad: Tensor | None, w: Tensor) -> bool:
-    """Whether pieces of a flat `w` have their gradient in the same places of this one."""
-    return grad is not None and grad.is_contiguous() and w.is_contiguous() and grad.dtype == working_dtype(w)
-
-
-def _add_(out: Tensor, terms: Iterator[Term], fresh: bool) -> None:
-    """Adds the terms to `out`; a `fresh` one holds nothing yet, and is written all over."""
-    written: slice | None = None
-    for place, a, b in terms:
-        if isinstance(place, Tensor):
-            out.index_add_(0, place, a, alpha=b)
-            continue
-        piece = out if a.shape == out.shape else out[..., place]
-        if fresh and place != written:
-            torch.mul(a, b, out=piece)
-        elif isinstance(b, Tensor):
-            piece.addcmul_(a, b)
-        else:
-            piece.add_(a, alpha=b)
-        written = place

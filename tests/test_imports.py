@@ -44,6 +44,7 @@ LEVELS = [
         "lowrank",
         "factor_layers",
         "range_compiled",
+        "range_gradient",
         "ranges",
         "encoders/kmeans",
         "encoders/soft_cluster",
