@@ -132,6 +132,11 @@ PROXIES = {
 }  # fmt: skip
 
 
+def looked_at_closely(proxy: str, form: str) -> bool:
+    """Whether a form's first seed also gets AdaRound and clusterings, which take as long as everything else."""
+    return form in (BASELINE, PAPER, PROXIES[proxy].recommended)
+
+
 ITERS = 200  # of AdaRound in the study
 WIDE, NARROW = ("W8A32", "W6A32", "W4A32", "W3A32", "W2A32"), ("W4A32", "W2A32")
 SLOW = ("adaround", "pdquant")
@@ -157,7 +162,7 @@ class Run:
     root: Path
     data: str
     text_model: str
-    full: bool  # with AdaRound and clusterings, which take as long as everything else
+    full: bool  # with AdaRound and clusterings
 
     @property
     def out(self) -> Path:

@@ -7,7 +7,19 @@ from pathlib import Path
 
 import paper_numbers as paper
 from cells import Found, Scale
-from proxies import BASELINE, FIXED, HEAVY, PAPER, PROXIES, WIDE, Run, clustered, folder_name, size_aware
+from proxies import (
+    BASELINE,
+    FIXED,
+    HEAVY,
+    PAPER,
+    PROXIES,
+    WIDE,
+    Run,
+    clustered,
+    folder_name,
+    looked_at_closely,
+    size_aware,
+)
 from steps import Step
 
 METHODS = {"Naive": "nearest", "DFQ": "dfq", "AdaRound": "adaround", "SQuant": "squant", "PD-Quant": "pdquant"}
@@ -57,7 +69,8 @@ class Proxy:
         """The training of the model's stand-in; size-aware at the strength that the study recommends."""
         proxy = STANDS[model]
         form = FORMS.get(training, PROXIES[proxy].recommended)
-        return Run(proxy, form, self.seed, self.root, self.data, self.text_model, full=True)
+        close = looked_at_closely(proxy, form)  # the very trainings of the study
+        return Run(proxy, form, self.seed, self.root, self.data, self.text_model, full=close)
 
     def find(self, table: int, model: str, training: str, column: str) -> Found:
         """The training, and what follows it."""

@@ -20,7 +20,7 @@ from transformers import HfArgumentParser
 
 import steps
 import study_table
-from proxies import BASELINE, PAPER, PROXIES, Run
+from proxies import PROXIES, Run, looked_at_closely
 
 STUDIED = ("imagenette", "cifar10", "qnli")
 
@@ -61,11 +61,11 @@ def runs(args: StudyArguments) -> list[Run]:
     found = []
     for seed in args.seeds:
         for proxy in args.proxies:
-            closely = (BASELINE, PAPER, PROXIES[proxy].recommended)
             for form in PROXIES[proxy].forms:
                 if args.forms is None or form in args.forms:
                     where = (Path(args.output_dir), args.data_dir, args.text_model or "")
-                    found.append(Run(proxy, form, seed, *where, full=seed == args.seeds[0] and form in closely))
+                    full = seed == args.seeds[0] and looked_at_closely(proxy, form)
+                    found.append(Run(proxy, form, seed, *where, full=full))
     return found
 
 

@@ -102,7 +102,7 @@ def test_the_plan_says_what_is_left(fake):
     wanted = [fake("a"), fake("b"), fake("c")]
     steps.run(wanted[:1])
     text = steps.plan(wanted, "hours")
-    assert "| a | done | 1.5 |" in text and "| c | to run | 1.5 |" in text
+    assert "| a | done | 0" in text and "| c | to run | 1.5 |" in text
     assert text.endswith("3 steps, to go about 3 hours")
 
 
