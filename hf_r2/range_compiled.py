@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hf_r2.range_forms import EXCESS, LOG2_E, SOFT_RANGE, Form, flat, is_dense
+from hf_r2.range_forms import EXCESS, LOG2_E, SOFT_RANGE, Form, is_dense
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def compiled_totals(form: Form, scalars: Sequence[float], weights: Sequence[Tens
         loop = _compiled(form, "totals", len(chosen), line)
         if loop is None:
             break
-        xs = [flat(weights[i].detach()).view(-1, line) for i in chosen]
+        xs = [_lines(weights[i].detach(), line) for i in chosen]
         sums = loop(xs, torch.tensor([_factor(form) * scalars[i] for i in chosen]))
         assert sums is not None
         found.update(zip(chosen, sums.tolist(), strict=True))
@@ -65,24 +65,25 @@ def add_compiled_(
             loop = _compiled(form, "fresh" if fresh else "added", len(group), line)
             if loop is None:
                 return done
-            xs = [flat(weights[i].detach()).view(-1, line) for i in group]
+            xs = [_lines(weights[i].detach(), line) for i in group]
             for i in group if fresh else ():
                 grads[i] = torch.empty_like(weights[i])
             lines = torch.tensor([[_factor(form) * scalars[i], *shares[i]] for i in group])
-            loop(xs, [flat(grads[i]).view(-1, line) for i in group], lines)  # type: ignore[arg-type]
+            loop(xs, [_lines(grads[i], line) for i in group], lines)  # type: ignore[arg-type]
             done.update(group)
     return done
 
 
 def _fits(w: Tensor) -> bool:
     size = w.numel()
-    return (
-        size >= SMALLEST
-        and size % LINES[-1] == 0
-        and w.device.type == "cpu"
-        and w.dtype == torch.float32
-        and is_dense(w)
-    )
+    return size >= SMALLEST and size % LINES[-1] == 0 and w.is_cpu and w.dtype == torch.float32 and is_dense(w)
+
+
+def _lines(t: Tensor, line: int) -> Tensor:
+    """[n / line, line] in the order of memory, a view."""
+    if t.is_contiguous():
+        return t.view(-1, line)
+    return t.as_strided((t.numel() // line, line), (line, 1))
 
 
 def _alike(grad: Tensor | None, w: Tensor) -> bool:
