@@ -10,9 +10,8 @@ alpha from 0.1). Its ablations: `--range_weight 0`, and heavy L2, ten times the 
 
 from __future__ import annotations
 
-import itertools
 import math
-import sys
+from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,7 +102,7 @@ class ImageArguments(tracks.RecipeArguments):
 
 def main() -> None:
     """Load, then the road of all tracks: train, quantize, cluster, measure, save, push."""
-    args, training = tracks.parse(ImageArguments, R2TrainingArguments, defaults(sys.argv), "imagenet", __doc__)
+    args, training = tracks.parse(ImageArguments, R2TrainingArguments, DEFAULTS, "imagenet", __doc__, recipe)
     if (
         args.config_name in vision_models.NEW
         and vision_models.NEW[args.config_name][0] is vision_models.TimmWrapperConfig
@@ -143,12 +142,11 @@ def one_line(error: BadData) -> str:
     return str(error).strip().splitlines()[-1].removeprefix("images.BadData: ")
 
 
-def defaults(words: list[str]) -> dict[str, Any]:
-    """The recipe for the architecture that the command line names, or for fine-tuning."""
-    if "--model_name_or_path" in words:
-        return {**DEFAULTS, **FINE_TUNING}
-    names = [after for word, after in itertools.pairwise(words) if word == "--config_name"]
-    return {**DEFAULTS, **(RESNET if any("resnet" in name for name in names) else {})}
+def recipe(flags: Namespace) -> dict[str, Any]:
+    """What the architecture that the flags name, or fine-tuning, changes in the defaults."""
+    if flags.model_name_or_path is not None:
+        return FINE_TUNING
+    return RESNET if "resnet" in (flags.config_name or "") else {}
 
 
 def load_data(args: ImageArguments, training: R2TrainingArguments) -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ python scripts/qnli.py --model_name_or_path DIR --train_file T.parquet --validat
 
 from __future__ import annotations
 
-import sys
+from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ DEFAULTS: dict[str, Any] = {
     "warmup_steps": 0.06, "logging_steps": 50, "save_total_limit": 2, "seed": 0,
     "dataloader_pin_memory": torch.cuda.is_available(),  # on a CPU it only warns
 }  # fmt: skip
-GENERATED_DEFAULTS: dict[str, Any] = {
-    **DEFAULTS, "output_dir": "runs/demo", "per_device_train_batch_size": 64, "learning_rate": 2e-3,
+GENERATED: dict[str, Any] = {
+    "output_dir": "runs/demo", "per_device_train_batch_size": 64, "learning_rate": 2e-3,
     "num_train_epochs": 6, "dkm_steps": 100, "dkm_learning_rate": 1e-3, "max_length": 32,
 }  # fmt: skip
 
@@ -73,8 +73,7 @@ class QnliArguments(tracks.RecipeArguments):
 
 def main() -> None:
     """Load, then the road of all tracks: fine-tune, quantize, cluster, measure, save, push."""
-    defaults = GENERATED_DEFAULTS if "--generated" in sys.argv else DEFAULTS
-    args, training = tracks.parse(QnliArguments, R2TrainingArguments, defaults, "qnli", __doc__)
+    args, training = tracks.parse(QnliArguments, R2TrainingArguments, DEFAULTS, "qnli", __doc__, recipe)
     set_seed(training.seed)
     model, tokenizer = load_model(args)
     train, validation = load_data(args, training, tokenizer)
@@ -92,6 +91,11 @@ def main() -> None:
         usage=usage,
     )
     tracks.run(model, args, training, track)
+
+
+def recipe(flags: Namespace) -> dict[str, Any]:
+    """What generated data change in the defaults."""
+    return GENERATED if flags.generated else {}
 
 
 def load_model(args: QnliArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

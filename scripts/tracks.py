@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -120,12 +121,23 @@ class Track:
     usage: Callable[[Path], str] = str  # what to type in Python to use the model in a folder
 
 
-def parse(arguments: type, training: type, defaults: Mapping[str, Any], name: str, doc: str | None) -> tuple[Any, Any]:
-    """Both groups of flags with the script's defaults; a value that is not allowed ends with one line."""
+def parse(
+    arguments: type,
+    training: type,
+    defaults: Mapping[str, Any],
+    name: str,
+    doc: str | None,
+    recipe: Callable[[Namespace], Mapping[str, Any]] = lambda flags: {},
+) -> tuple[Any, Any]:
+    """Both groups of flags with the script's defaults; a value that is not allowed ends with one line.
+
+    `recipe`: the defaults that follow from other flags. It is asked once these are parsed, however they were written.
+    """
     parser = HfArgumentParser((arguments, training), description=doc)  # type: ignore[arg-type]
     parser.set_defaults(**defaults)
     try:
-        args, options = parser.parse_args_into_dataclasses()
+        parser.set_defaults(**recipe(parser.parse_known_args()[0]))
+        args, options = parser.parse_args_into_dataclasses(look_for_args_file=False)  # the recipe would not know of it
         args.configs()
     except (ValueError, TypeError) as error:
         raise SystemExit(f"{name}: {error}") from error

@@ -9,7 +9,7 @@ BLEU is measured on the validation file, by default on newstest2014. All weights
 
 from __future__ import annotations
 
-import sys
+from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,8 @@ DEFAULTS: dict[str, Any] = {
     "logging_steps": 100, "save_steps": 1000, "save_total_limit": 2, "seed": 0, "weight_bits": [8, 4, 3], "dkm_bits": [],
     "dataloader_pin_memory": torch.cuda.is_available(),  # on a CPU it only warns
 }  # fmt: skip
-SMALL_DEFAULTS: dict[str, Any] = {
-    **DEFAULTS, "max_steps": -1, "num_train_epochs": 6, "per_device_train_batch_size": 64, "learning_rate": 3e-3,
+SMALL_RECIPE: dict[str, Any] = {
+    "max_steps": -1, "num_train_epochs": 6, "per_device_train_batch_size": 64, "learning_rate": 3e-3,
     "warmup_steps": 400, "save_steps": 200,
 }  # fmt: skip
 
@@ -111,8 +111,9 @@ class TranslationArguments(tracks.RecipeArguments):
 
 def main() -> None:
     """Load, then the road of all tracks: train, quantize, translate, save, push."""
-    defaults = SMALL_DEFAULTS if "--small" in sys.argv else DEFAULTS
-    args, training = tracks.parse(TranslationArguments, R2Seq2SeqTrainingArguments, defaults, "translation", __doc__)
+    args, training = tracks.parse(
+        TranslationArguments, R2Seq2SeqTrainingArguments, DEFAULTS, "translation", __doc__, recipe
+    )
     set_seed(training.seed)
     train, measured = load_pairs(args, training)
     tokenizer = load_tokenizer(args, training, train)
@@ -137,6 +138,11 @@ def main() -> None:
         usage=usage,
     )
     tracks.run(model, args, training, track)
+
+
+def recipe(flags: Namespace) -> dict[str, Any]:
+    """What small data change in the defaults."""
+    return SMALL_RECIPE if flags.small else {}
 
 
 def load_pairs(args: TranslationArguments, training: R2Seq2SeqTrainingArguments) -> tuple[Dataset, Dataset]:

@@ -161,12 +161,53 @@ def test_a_network_of_timm_without_timm_ends_with_one_line():
         models.need_timm("inception_v3")
 
 
-def test_the_recipe_follows_the_architecture():
-    chosen = {name: script.defaults(["x", "--config_name", name]) for name in ("mobilenet_v2", "resnet-18")}
-    assert [chosen["mobilenet_v2"][key] for key in ("learning_rate", "weight_decay")] == [0.4, 4e-5]
-    assert [chosen["resnet-18"][key] for key in ("learning_rate", "weight_decay")] == [1.0, 1e-4]
-    assert script.defaults(["x", "--model_name_or_path", "resnet-18"])["learning_rate"] == 0.003
-    assert all("nesterov=True" in found["optim_args"] for found in chosen.values())
+@pytest.mark.parametrize("form", ["{} {}", "{}={}"])
+def test_the_recipe_follows_the_architecture(monkeypatch, form):
+    def chosen(flag, value):
+        words = form.format(flag, value).split()
+        monkeypatch.setattr(sys, "argv", ["imagenet.py", *words, "--num_train_epochs=7", "--report_to", "none"])
+        return script.tracks.parse(
+            script.ImageArguments, script.R2TrainingArguments, script.DEFAULTS, "imagenet", "", script.recipe
+        )[1]
+
+    mobile, resnet = chosen("--config_name", "mobilenet_v2"), chosen("--config_name", "resnet-18")
+    tuned = chosen("--model_name_or_path", "resnet-18")
+    assert [(found.learning_rate, found.weight_decay) for found in (mobile, resnet, tuned)] == [
+        (0.4, 4e-5),
+        (1.0, 1e-4),
+        (0.003, 4e-5),
+    ]
+    assert all(
+        found.num_train_epochs == 7 and "nesterov=True" in found.optim_args for found in (mobile, resnet, tuned)
+    )
+
+
+@pytest.mark.parametrize(
+    "name, arguments, training, flag, key, values",
+    [
+        ("qnli", "QnliArguments", "R2TrainingArguments", "--generated", "num_train_epochs", (3, 6)),
+        (
+            "translation",
+            "TranslationArguments",
+            "R2Seq2SeqTrainingArguments",
+            "--small",
+            "learning_rate",
+            (7e-4, 3e-3),
+        ),
+    ],
+)
+def test_other_recipes_follow_their_flag_however_it_is_written(
+    monkeypatch, name, arguments, training, flag, key, values
+):
+    if name == "translation":
+        pytest.importorskip("sentencepiece")
+        pytest.importorskip("sacrebleu")
+    other = importlib.import_module(name)
+    for words, value in (([], 0), ([f"{flag}=true"], 1), ([flag, "true"], 1), ([flag], 1), ([f"{flag}=false"], 0)):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words, "--report_to", "none"])
+        kinds = (getattr(other, arguments), getattr(other, training))
+        found = script.tracks.parse(*kinds, other.DEFAULTS, name, "", other.recipe)[1]
+        assert getattr(found, key) == values[value], words
 
 
 @pytest.mark.parametrize(
