@@ -10,6 +10,7 @@ none). The saved folder goes into scripts/quantize.py with the same `--image_siz
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from dataclasses import asdict, dataclass, field
@@ -25,6 +26,7 @@ from transformers import HfArgumentParser, ResNetConfig, ResNetForImageClassific
 import common
 import data_files
 import image_data
+import interrupts
 import vision_models
 from hf_r2 import ENCODERS, R2QuantConfig, R2Trainer, R2TrainingArguments, convert, prepare
 from hf_r2.model_card import write_card
@@ -180,11 +182,23 @@ def main() -> None:
         prepare(model, args.recipe())
     collator: Any = CropAndFlip(train, args.crop_padding)
     trainer = R2Trainer(model, training, train_dataset=Rows(len(train)), data_collator=collator)
-    resume = training.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    interrupts.train(trainer, training)
+    try:
+        save_and_measure(model, args, training, trainer, (train, validation), made, start)
+    except KeyboardInterrupt as stop:
+        interrupts.keep_trained(trainer)
+        raise interrupts.Stopped(f"stopped; what is trained is in {out}: {interrupts.GO_ON}") from stop
+
+
+def save_and_measure(
+    model: Any, args: CifarArguments, training: Any, trainer: R2Trainer, pictures: tuple[Pictures, Pictures],
+    made: dict[str, Any], start: float,
+) -> None:  # fmt: skip
+    """Packs the trained model if it is to be packed; writes it, its card and metrics.json."""
+    out, (train, validation) = Path(str(training.output_dir)), pictures
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     if args.method is not None:
-        convert(model)
+        model = convert(copy.deepcopy(model))  # the trainer's stays as a checkpoint wants it
     model.save_pretrained(out)
     vision_models.square_processor(args.image_size).save_pretrained(out)
     top1 = accuracy(model, validation)
@@ -197,4 +211,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    interrupts.run(main)

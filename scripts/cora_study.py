@@ -20,6 +20,7 @@ import torch
 from transformers import HfArgumentParser, PreTrainedModel
 
 import common
+import interrupts
 import measuring
 import quantize as table_script
 from hf_r2 import R2QuantConfig, quantize
@@ -152,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    interrupts.run(main)

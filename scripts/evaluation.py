@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, PreTrainedModel
 
 import common
 import data_files
+import interrupts
 import measuring
 from hf_r2 import R2QuantConfig
 from images import BAD_IMAGES
@@ -94,4 +95,4 @@ def joined(rows: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, An
 
 
 if __name__ == "__main__":
-    main()
+    interrupts.run(main)

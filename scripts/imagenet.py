@@ -24,6 +24,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel, set_s
 import common
 import data_files
 import image_data
+import interrupts
 import tracks
 import vision_models
 from hf_r2 import R2Trainer, R2TrainingArguments
@@ -219,4 +220,4 @@ def usage(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    interrupts.run(main)

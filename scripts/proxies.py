@@ -227,13 +227,14 @@ class Run:
         if dims > 1:
             words = (*words, "--options", f'{{"dim": {dims}}}')
         name = clustered(bits, dims)
-        return Step(self._label(name), words, self.out / name, self.own.minutes[2] / 4)
+        return Step(self._label(name), words, self.out / name, self.own.minutes[2] / 4, resumes=True)
 
     def quantized_training(self, method: str, bits: int) -> Step:
         """`method` with `bits` for weights and inputs, from the trained model, five epochs."""
         words = (*self._trained_on(), "--num_train_epochs", "5", "--learning_rate", "0.02", "--method", method)
         words = (*words, "--weight_bits", str(bits), "--act_bits", str(bits))
-        return Step(self._label(f"{method} W{bits}A{bits}"), words, self.out / f"{method}-W{bits}A{bits}", 6.0)
+        out = self.out / f"{method}-W{bits}A{bits}"
+        return Step(self._label(f"{method} W{bits}A{bits}"), words, out, 6.0, resumes=True)
 
     def _trained_on(self) -> tuple[str, ...]:
         words = (*self._filled(self.own.train), *self.own.forms[self.form], "--model_name_or_path", str(self.model))

@@ -24,6 +24,7 @@ from transformers import (
 
 import common
 import data_files
+import interrupts
 import qnli_data
 import tracks
 from hf_r2 import R2Trainer, R2TrainingArguments
@@ -151,4 +152,4 @@ def usage(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    interrupts.run(main)

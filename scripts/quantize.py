@@ -27,6 +27,7 @@ from transformers import (
 
 import common
 import data_files
+import interrupts
 import measuring
 from hf_r2 import R2QuantConfig, RangeLoss, quantize
 from hf_r2.model_card import FRACTIONS
@@ -223,4 +224,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    interrupts.run(main)

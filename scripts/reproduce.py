@@ -20,6 +20,7 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 import cells
+import interrupts
 import paper_numbers
 import reproduce_figures
 import scales
@@ -104,4 +105,4 @@ def write_table(number: int, table: list[cells.Cell], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    interrupts.run(main)

@@ -14,10 +14,10 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 import common
+from interrupts import INTERRUPTED
 
 HERE = Path(__file__).resolve().parent
 DONE = "done.json"
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True)

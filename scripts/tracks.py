@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import shutil
-import signal
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -21,19 +19,15 @@ from transformers import (
     HfArgumentParser,
     PreTrainedModel,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 
 import common
+import interrupts
 from hf_r2 import ENCODERS, R2QuantConfig, RangeLoss, convert, prepare, quantize
 from hf_r2.hub import push_folder
 from hf_r2.layers import weight_layers
 from hf_r2.model_card import write_card
 from hf_r2.plots import plot_accuracy, plot_ranges, plot_weights
-from hf_r2.trainer import last_complete_checkpoint
 
 
 @dataclass
@@ -144,98 +138,91 @@ def parse(
     return args, options
 
 
-class SaveOnInterrupt(TrainerCallback):
-    """Ctrl-C ends the step at hand, writes a checkpoint and stops; a second Ctrl-C stops at once.
-
-    For one process. Of several, each would stop at a step of its own and wait for the others: there a run goes on from
-    the last checkpoint of `save_steps`.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: Any = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Takes the signal over."""
-        if args.world_size == 1:
-            self._before = signal.signal(signal.SIGINT, self._ask)
-
-    def _ask(self, signum: int, frame: FrameType | None) -> None:
-        self.asked = True
-        print("\nstopping after this step; its checkpoint is being written (Ctrl-C again: at once)", file=sys.stderr)
-        signal.signal(signal.SIGINT, self._before)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Asks Trainer to save and to stop."""
-        if self.asked:
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Gives the signal back."""
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-
-def train(trainer: Trainer, training: Any) -> None:
-    """Trains, from a checkpoint where the flags say so; ends with one line where there is none, or Ctrl-C stopped it."""
-    interrupt, resume = SaveOnInterrupt(), training.resume_from_checkpoint
-    if str(resume).lower() == "true":
-        try:
-            resume = last_complete_checkpoint(str(training.output_dir))
-        except ValueError as error:
-            raise SystemExit(f"cannot resume: {error}") from error
-    trainer.add_callback(interrupt)
-    trainer.train(resume_from_checkpoint=resume)
-    if interrupt.asked:
-        print(
-            f"stopped at step {trainer.state.global_step}; the state is in {training.output_dir}: go on with the same "
-            "flags and --resume_from_checkpoint true",
-            file=sys.stderr,
-        )
-        raise SystemExit(130)
-
-
 def run(model: PreTrainedModel, args: Any, training: Any, track: Track) -> None:
-    """The whole road from a loaded model; metrics.json grows by a row as each model is measured."""
+    """The whole road from a loaded model; metrics.json grows by a row as each model is measured.
+
+    After Ctrl-C the same flags with --resume_from_checkpoint true go on: from the last step, or behind the last row.
+    """
     out, start = Path(str(training.output_dir)), time.perf_counter()
     push, training.push_to_hub = training.push_to_hub, False  # Trainer would push checkpoints in commits of its own
     ranges = {"before training": RangeLoss(model).summary()}
+    if training.process_index == 0 and not interrupts.asked_to_resume(training):
+        for name in args.configs():
+            interrupts.forget(out / f"{name}-training")  # of an earlier run, whose model was another
     trainer = track.trainer(model, training)
-    train(trainer, training)
+    interrupts.train(trainer, training)
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  (files hold no channels-last tensors)
-    ranges["after training"] = RangeLoss(model).summary()
-    range_loss = training.range_loss if getattr(trainer, "range_loss", None) is not None else None
-    main = training.process_index == 0
-    if main:
-        save(model, track.processor, out / "float")
-    rows = [common.float_row("float", model, track.measure(model), range_loss)]
-    folders: dict[str, Path] = {}
-    for name, config in args.configs().items():
-        packed = pack(model, config, args, training, track)
-        rows.append(common.packed_row(name, packed, config, track.measure(packed), range_loss))
-        folders[name] = out / name
-        if main:
-            save(packed, track.processor, folders[name])
-            draw_weights(model, packed, folders[name] / "weights.png")
-            check_reload(packed, folders[name], track)
-            common.write_json(out / "metrics.json", metrics(args, training, track, rows))
-    if main:
-        took = {"time_s": round(time.perf_counter() - start, 1), "ranges": ranges, "log": trainer.state.log_history}
-        took |= track.notes()
-        write_results(metrics(args, training, track, rows), took, training, folders)
+    try:
+        ranges["after training"] = RangeLoss(model).summary()
+        range_loss = training.range_loss if getattr(trainer, "range_loss", None) is not None else None
+        rows, folders = make(model, args, training, track, range_loss)
+        if training.process_index == 0:
+            took = {
+                "time_s": round(time.perf_counter() - start, 1),
+                "ranges": ranges,
+                "log": trainer.state.log_history,
+            }
+            took |= track.notes()
+            write_results(metrics(args, training, track, rows), took, training, folders)
+    except KeyboardInterrupt as stop:
+        interrupts.keep_trained(trainer)
+        if isinstance(stop, interrupts.Stopped):
+            raise
+        raise interrupts.Stopped(f"stopped; what is done is in {out}: {interrupts.GO_ON}") from stop
+    if training.process_index == 0:
         if push:
             push_all(training, folders)
         print_results(rows, folders, track)
 
 
-def pack(model: PreTrainedModel, config: R2QuantConfig, args: Any, training: Any, track: Track) -> PreTrainedModel:
-    """A packed copy of `model`; clustered and trained quantized for so many steps, with the same range loss, before."""
+def make(
+    model: PreTrainedModel, args: Any, training: Any, track: Track, range_loss: str | None
+) -> tuple[list[dict[str, Any]], dict[str, Path]]:
+    """Saves the trained `model` and a packed one of each recipe; their rows of results, and their folders."""
+    out, main = Path(str(training.output_dir)), training.process_index == 0
+    if main:
+        save(model, track.processor, out / "float")
+    rows = [common.float_row("float", model, track.measure(model), range_loss)]
+    before = rows_before(metrics(args, training, track, rows), training)
+    folders: dict[str, Path] = {}
+    for name, config in args.configs().items():
+        folders[name] = out / name
+        if name in before:
+            rows.append(before[name])
+            continue
+        packed = pack(model, config, args, training, track, out / f"{name}-training")
+        rows.append(common.packed_row(name, packed, config, track.measure(packed), range_loss))
+        if main:
+            save(packed, track.processor, folders[name])
+            draw_weights(model, packed, folders[name] / "weights.png")
+            check_reload(packed, folders[name], track)
+            common.write_json(out / "metrics.json", metrics(args, training, track, rows))
+            interrupts.forget(out / f"{name}-training")
+    return rows, folders
+
+
+def rows_before(found: dict[str, Any], training: Any) -> dict[str, dict[str, Any]]:
+    """Rows by name that an interrupted run wrote behind the very same float row, with the same flags and versions."""
+    out = Path(str(training.output_dir))
+    file = out / "metrics.json"
+    if not interrupts.asked_to_resume(training) or training.world_size > 1 or not file.is_file():
+        return {}
+    old, new = json.loads(file.read_text()), json.loads(json.dumps(found, default=str))
+    for content in (old, new):
+        content["arguments"]["training"].pop("resume_from_checkpoint", None)
+    same = all(old.get(key) == new[key] for key in ("arguments", "seed", "commit", "versions", "task"))
+    if not same or old["results"][:1] != new["results"]:
+        return {}
+    return {row["name"]: row for row in old["results"][1:] if (out / row["name"] / "config.json").is_file()}
+
+
+def pack(
+    model: PreTrainedModel, config: R2QuantConfig, args: Any, training: Any, track: Track, folder: Path
+) -> PreTrainedModel:
+    """A packed copy of `model`; clustered and trained quantized for so many steps, with the same range loss, before.
+
+    Ctrl-C leaves the state of those steps in `folder`, from which they go on.
+    """
     steps, rate = args.dkm_steps, args.dkm_learning_rate
     if config.method != "dkm":
         steps, rate = (args.qat_steps, args.qat_learning_rate) if config.method in ENCODERS else (0, 0.0)
@@ -243,9 +230,10 @@ def pack(model: PreTrainedModel, config: R2QuantConfig, args: Any, training: Any
         return quantize(model, config)
     options = copy.copy(training)
     options.max_steps, options.learning_rate = steps, rate
-    options.save_strategy = "no"
+    options.save_strategy, options.output_dir = "no", str(folder)
+    options.resume_from_checkpoint = "true" if any(folder.glob("checkpoint-*")) else None
     prepared = prepare(copy.deepcopy(model), config)
-    track.trainer(prepared, options).train()
+    interrupts.train(track.trainer(prepared, options), options)
     return convert(prepared)
 
 

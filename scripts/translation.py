@@ -28,6 +28,7 @@ from transformers import (
 import bleu
 import common
 import data_files
+import interrupts
 import tracks
 import translation_data
 import vocabulary
@@ -254,4 +255,4 @@ def usage(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    interrupts.run(main)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_dataset
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainerCallback
 
 from tests.test_quantize_script import images, pictures
 
@@ -109,3 +111,58 @@ def test_a_short_run_saves_what_it_measured(tmp_path):
 def test_a_recipe_that_does_not_fit_is_refused_at_once():
     with pytest.raises(ValueError, match="weight_bits must be an integer from 1 to 8, got 9"):
         script.CifarArguments("no.parquet", "no.parquet", method="lsq", weight_bits=9)
+
+
+class PressCtrlC(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("more", [[], ["--method", "lsq", "--weight_bits", "2"]], ids=["float", "lsq"])
+def test_ctrl_c_keeps_the_training_which_goes_on_to_the_same_model(tmp_path, monkeypatch, more):
+    pictures(tmp_path / "some.parquet", 9)
+    flags = [
+        "--train_file",
+        tmp_path / "some.parquet",
+        "--validation_file",
+        tmp_path / "some.parquet",
+        "--image_size",
+        16,
+    ]
+    flags += [
+        "--embedding_size",
+        8,
+        "--hidden_sizes",
+        8,
+        "--depths",
+        1,
+        "--per_device_train_batch_size",
+        4,
+        "--max_steps",
+        3,
+    ]
+
+    def run(out, *flags_, interrupted=None):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["cifar_resnet.py", *map(str, flags), *more, "--output_dir", str(out), *flags_])
+            if interrupted == "training":
+                make = script.R2Trainer
+                patch.setattr(script, "R2Trainer", lambda *a, **k: make(*a, callbacks=[PressCtrlC()], **k))
+            elif interrupted == "measuring":
+                patch.setattr(script, "accuracy", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+            script.main()
+        return {k: v for k, v in load_file(out / "model.safetensors").items() if "num_batches" not in k}
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(script.interrupts.Stopped, match=r"stopped at step 2; .*: go on with the same flags"):
+        run(tmp_path / "a", interrupted="training")
+    with pytest.raises(
+        script.interrupts.Stopped, match=r"stopped; what is trained is in .*: go on with the same flags"
+    ):
+        run(tmp_path / "b", interrupted="measuring")
+    assert not (tmp_path / "b/metrics.json").exists()
+    for out in (tmp_path / "a", tmp_path / "b"):
+        found = run(out, "--resume_from_checkpoint", "true")
+        assert found.keys() == whole.keys() and all(torch.equal(found[key], whole[key]) for key in whole)
+        assert json.loads((out / "metrics.json").read_text())["log"][-1]["step"] <= 3
