@@ -11,7 +11,6 @@ none). The saved folder goes into scripts/quantize.py with the same `--image_siz
 from __future__ import annotations
 
 import copy
-import json
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -76,6 +75,7 @@ class CifarArguments:
     options: str = field(default="{}", metadata={"help": 'Options of the method, as JSON: {"dim": 4}.'})
 
     def __post_init__(self) -> None:
+        common.check_counts(self, "max_train_samples", "max_eval_samples", "image_size")
         if self.method is not None:
             self.recipe()  # what it refuses is to be known before any image is decoded
 
@@ -86,7 +86,7 @@ class CifarArguments:
             self.weight_bits,
             self.granularity,
             act_bits=self.act_bits,
-            options=json.loads(self.options),
+            options=common.json_object(self.options, "options"),
         )
 
 
@@ -165,7 +165,10 @@ def main() -> None:
     """Decode once, train, measure, save the model and metrics.json."""
     parser = HfArgumentParser((CifarArguments, R2TrainingArguments), description=__doc__)  # type: ignore[arg-type]
     parser.set_defaults(**DEFAULTS)
-    args, training = parser.parse_args_into_dataclasses()
+    try:
+        args, training = parser.parse_args_into_dataclasses()
+    except (ValueError, TypeError) as error:
+        raise SystemExit(f"cifar_resnet: {error}") from error
     out, start = Path(str(training.output_dir)), time.perf_counter()
     made = common.provenance({"cifar": asdict(args), "training": training.to_dict()}, training.seed)
     set_seed(training.seed)

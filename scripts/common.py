@@ -133,6 +133,24 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     beside.replace(path)
 
 
+def check_counts(args: Any, *names: str) -> None:
+    """Raises ValueError for a flag below 1 among `names`; None is allowed."""
+    for name in names:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"{name} must be 1 or more, got {getattr(args, name)}")
+
+
+def json_object(text: str, flag: str) -> dict[str, Any]:
+    """What a flag holds as JSON; raises ValueError, naming the flag, for anything but an object."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f'{flag} must be JSON, like {{"name": 1}}, got {text!r}: {error}') from error
+    if not isinstance(found, dict):
+        raise ValueError(f'{flag} must be a JSON object, like {{"name": 1}}, got {text!r}')
+    return found
+
+
 def same_logits(one: nn.Module, other: nn.Module, batch: Mapping[str, torch.Tensor]) -> bool:
     """Whether two models give the same logits for `batch`, to the bit; the second is moved to where the first is."""
     device = next(one.parameters()).device

@@ -49,11 +49,15 @@ class StudyArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the choice of calibration samples."})
     output_dir: str = field(default="runs/cora", metadata={"help": "Where metrics.json and the pictures go."})
 
+    def __post_init__(self) -> None:
+        common.check_counts(self, "calibration_samples", "max_eval_samples", "image_size")
+
 
 def cells(args: StudyArguments) -> list[dict[str, Any]]:
-    """Name, method, width and options of every row."""
+    """Name, method, width and options of every row; raises ValueError or TypeError for what does not make a recipe."""
     found = []
-    more = {"progress": False, "budget": args.budget, "adapter_bits": args.adapter_bits, **json.loads(args.cora)}
+    more = {"progress": False, "budget": args.budget, "adapter_bits": args.adapter_bits}
+    more |= common.json_object(args.cora, "cora")
     for bits in args.widths:
         for base in args.bases:
             found.append({"name": base, "method": base, "weight_bits": bits, "options": {}})
@@ -66,9 +70,17 @@ def cells(args: StudyArguments) -> list[dict[str, Any]]:
                 row = {"name": f"{base}, {form}", "method": "cora", "weight_bits": bits}
                 found.append({**row, "options": {"base": base, **more, **options}})
         if args.adaround is not None:
-            options = {"progress": False, **json.loads(args.adaround)}
+            options = {"progress": False, **common.json_object(args.adaround, "adaround")}
             found.append({"name": "adaround", "method": "adaround", "weight_bits": bits, "options": options})
+    for cell in found:
+        recipe(cell)
     return found
+
+
+def recipe(cell: dict[str, Any], trace_file: Path | None = None) -> R2QuantConfig:
+    """The recipe of a row; that of CoRa writes a trace where it is told a file."""
+    options = cell["options"] | ({} if trace_file is None else {"trace_file": trace_file})
+    return R2QuantConfig(cell["method"], cell["weight_bits"], symmetric=False, options=options)
 
 
 def run(
@@ -76,10 +88,8 @@ def run(
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Quantizes once and measures; the trace too where there is one."""
     file = folder / "trace.json" if cell["method"] == "cora" else None
-    options = cell["options"] | ({} if file is None else {"trace_file": file})
-    config = R2QuantConfig(cell["method"], cell["weight_bits"], symmetric=False, options=options)
     clock, computing = time.perf_counter(), time.process_time()
-    packed = quantize(model, config, data.calibration)
+    packed = quantize(model, recipe(cell, file), data.calibration)
     row = {**cell, "time_s": time.perf_counter() - clock, "cpu_s": time.process_time() - computing}
     row |= data.validation.score(packed)
     row["bits_per_weight"] = report(packed)["bits_per_weight"]
@@ -117,10 +127,24 @@ def draw(rows: list[dict[str, Any]], traces: dict[str, Any], float_row: dict[str
 
 def main() -> None:
     """Goes through the rows that are missing, and prints the table."""
-    (args,) = HfArgumentParser(StudyArguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    try:
+        (args,) = HfArgumentParser(StudyArguments, description=__doc__).parse_args_into_dataclasses()  # type: ignore[arg-type]
+        wanted = cells(args)
+    except (ValueError, TypeError) as error:
+        raise SystemExit(f"cora_study: {error}") from error
     common.go_offline_if_hub_is_unreachable()
+    try:
+        fill(args, wanted)
+    except KeyboardInterrupt as stop:
+        raise interrupts.Stopped(
+            f"stopped; finished rows are in {args.output_dir}: the same command goes on"
+        ) from stop
+
+
+def fill(args: StudyArguments, wanted: list[dict[str, Any]]) -> None:
+    """Makes the rows that are missing, draws them, and prints the table."""
     folder = Path(args.output_dir)
-    wanted, file = cells(args), folder / "metrics.json"
+    file = folder / "metrics.json"
     shared = ("model_name_or_path", "calibration_file", "validation_file", "calibration_samples")
     shared += ("max_eval_samples", "image_size", "seed")
     basis = {key: getattr(args, key) for key in shared}
@@ -128,7 +152,7 @@ def main() -> None:
     rows = content.get("results", []) if content.get("basis") == basis else []
     traces = content.get("traces", {}) if rows else {}
     source = table_script.QuantizeArguments(**basis, calibration_batch=16)
-    model = measuring.load_model(source)
+    model = measuring.load_float(source)
     data = table_script.Data(source, model)
     score = data.validation.score(model)
     float_row = common.float_row("float", model, score, None)

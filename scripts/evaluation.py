@@ -54,10 +54,16 @@ class EvaluateArguments:
     num_beams: int = field(default=4, metadata={"help": "Beams of the search for a translation."})
     output_dir: str = field(default="runs/evaluate", metadata={"help": "Where metrics.json is, or will be."})
 
+    def __post_init__(self) -> None:
+        common.check_counts(self, "max_eval_samples", "batch_size", "image_size", "max_length", "num_beams")
+
 
 def main() -> None:
     """Load, measure, add the row, print it."""
-    (args,) = HfArgumentParser(EvaluateArguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    try:
+        (args,) = HfArgumentParser(EvaluateArguments, description=__doc__).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    except ValueError as error:
+        raise SystemExit(f"evaluation: {error}") from error
     data = measuring.first(data_files.read(args.validation_file), args.max_eval_samples)
     model = measuring.load_model(args)
     measured = measuring.load(args, data, model, args.batch_size, args.validation_file)

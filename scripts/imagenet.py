@@ -82,6 +82,7 @@ class ImageArguments(tracks.RecipeArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        common.check_counts(self, "max_train_samples", "max_eval_samples", "image_size")
         if (self.config_name is None) == (self.model_name_or_path is None):
             raise ValueError("give either config_name (from scratch) or model_name_or_path (fine-tuning)")
         if (self.train_file is None) != (self.validation_file is None):

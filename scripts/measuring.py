@@ -46,6 +46,17 @@ def load_model(args: Any) -> PreTrainedModel:
     return model.to("cuda") if torch.cuda.is_available() else model  # type: ignore[arg-type]
 
 
+def load_float(args: Any) -> PreTrainedModel:
+    """The float checkpoint to be quantized; ends with one line for a quantized one."""
+    model = load_model(args)
+    if getattr(model, "is_quantized", False):
+        raise SystemExit(
+            f"--model_name_or_path {args.model_name_or_path} is quantized already: give the float model that it was made of "
+            "(scripts/evaluation.py measures quantized ones)"
+        )
+    return model
+
+
 def first(data: Dataset, most: int | None) -> Dataset:
     """The first `most` rows, or all of them."""
     return data if most is None else data.select(range(min(most, len(data))))

@@ -62,6 +62,7 @@ class QnliArguments(tracks.RecipeArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        common.check_counts(self, "max_train_samples", "max_eval_samples")
         if (self.train_file is None) != (self.validation_file is None):
             raise ValueError("train_file and validation_file go together: give both or neither")
         if self.generated and (self.train_file or self.model_name_or_path):

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
+import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -29,13 +31,15 @@ import common
 import data_files
 import interrupts
 import measuring
-from hf_r2 import R2QuantConfig, RangeLoss, quantize
+from hf_r2 import ENCODERS, PTQ_METHODS, R2QuantConfig, RangeLoss, quantize
 from hf_r2.model_card import FRACTIONS
 from hf_r2.quant_config import STORAGES
 from hf_r2.report import report
 from images import BAD_IMAGES
 
 WIDTH = re.compile(r"W([1-8])A([2-8]|32)")
+RESUMABLE = ("adaround", "pdquant")  # they note each finished layer
+UNFINISHED = "unfinished"  # folder of these notes
 
 
 @dataclass
@@ -85,6 +89,18 @@ class QuantizeArguments:
     )
     output_dir: str = field(default="runs/quantize", metadata={"help": "Where metrics.json goes."})
 
+    def __post_init__(self) -> None:
+        common.check_counts(
+            self,
+            "calibration_samples",
+            "calibration_batch",
+            "max_eval_samples",
+            "batch_size",
+            "image_size",
+            "max_length",
+            "num_beams",
+        )
+
 
 class Data:
     """Calibration batches, and what models are measured on."""
@@ -101,9 +117,11 @@ class Data:
 
 
 def cells(args: QuantizeArguments) -> list[dict[str, Any]]:
-    """One dict of settings for each cell of the table; raises ValueError for a width that cannot be read."""
-    options = json.loads(args.options)
-    found = []
+    """One dict of settings for each cell of the table.
+
+    Raises ValueError or TypeError for whatever does not make a recipe: a width, a method, an option of it.
+    """
+    options, found = options_by_method(args.options), []
     for granularity in args.granularities:
         for method in args.methods:
             for width in args.widths:
@@ -111,22 +129,62 @@ def cells(args: QuantizeArguments) -> list[dict[str, Any]]:
                 if match is None:
                     raise ValueError(f"widths are written W4A8 or W4A32 (W1 to W8, A2 to A8 or A32), got {width!r}")
                 act_bits = None if match[2] == "32" else int(match[2])
-                found.append({
+                cell = {
                     "method": method, "width": width, "weight_bits": int(match[1]), "act_bits": act_bits,
                     "granularity": granularity, "symmetric": args.symmetric or method == "requant",
                     "options": options.get(method, {}), "first_last_bits": args.first_last_bits,
                     "storage": None if args.storage == "packed" else args.storage,  # as in files of before there was a choice
-                })  # fmt: skip
+                }  # fmt: skip
+                recipe(cell)
+                found.append(cell)
     return found
 
 
-def run(cell: dict[str, Any], model: PreTrainedModel, data: Data, save_dir: str | None = None) -> dict[str, Any]:
-    """Quantizes once, measures, and saves if asked; a cell that the library refuses keeps its message."""
+def options_by_method(text: str) -> dict[str, Any]:
+    """What --options says; raises ValueError for a method that there is not."""
+    options, known = common.json_object(text, "options"), [*PTQ_METHODS, *ENCODERS]
+    for method, own in options.items():
+        if method not in known:
+            raise ValueError(f"options are by method: there is no {method!r}; there are: {', '.join(known)}")
+        if not isinstance(own, dict):
+            raise ValueError(f'options of {method!r} must be a JSON object, like {{"name": 1}}, got {own!r}')
+    return options
+
+
+def recipe(cell: dict[str, Any], resume_dir: Path | None = None) -> R2QuantConfig:
+    """The recipe of a cell; methods that can go on where they were stopped do so by what is in `resume_dir`."""
     keys = ("method", "weight_bits", "act_bits", "granularity", "symmetric", "options", "first_last_bits")
-    recipe: dict[str, Any] = {key: cell[key] for key in keys} | {"storage": cell.get("storage") or "packed"}
+    settings: dict[str, Any] = {key: cell[key] for key in keys} | {"storage": cell.get("storage") or "packed"}
+    if resume_dir is not None:
+        settings["options"] = {"resume_dir": str(resume_dir), **settings["options"]}
+    return R2QuantConfig(**settings)
+
+
+def unfinished(cell: dict[str, Any], args: QuantizeArguments) -> Path | None:
+    """Where a cell of a slow method keeps its layers until it is done, one folder for each cell, model and data."""
+    if cell["method"] not in RESUMABLE:
+        return None
+    about = zlib.crc32(json.dumps([cell, basis(args)], sort_keys=True).encode())
+    return Path(args.output_dir) / UNFINISHED / f"{name(cell)}-{about:08x}"
+
+
+def name(cell: dict[str, Any]) -> str:
+    """What the folders of a cell are called."""
+    return f"{cell['method']}-{cell['width']}-{cell['granularity']}"
+
+
+def run(
+    cell: dict[str, Any],
+    model: PreTrainedModel,
+    data: Data,
+    save_dir: str | None = None,
+    resume_dir: Path | None = None,
+) -> dict[str, Any]:
+    """Quantizes once, measures, and saves if asked; a cell that the library refuses keeps its message."""
+    resumed = {"resumed": True} if resume_dir is not None and any(resume_dir.glob("*")) else {}
     start = time.perf_counter()
     try:
-        packed = quantize(model, R2QuantConfig(**recipe), data.calibration)
+        packed = quantize(model, recipe(cell, resume_dir), data.calibration)
     except ValueError as error:
         return {**cell, "error": str(error)}
     seconds = time.perf_counter() - start
@@ -134,10 +192,11 @@ def run(cell: dict[str, Any], model: PreTrainedModel, data: Data, save_dir: str 
     measured = {**data.validation.score(packed), "time_s": seconds}
     measured["eval_s"] = time.perf_counter() - start
     if save_dir is not None:
-        packed.save_pretrained(Path(save_dir) / f"{cell['method']}-{cell['width']}-{cell['granularity']}")
+        packed.save_pretrained(Path(save_dir) / name(cell))
     return {
         **cell,
         **measured,
+        **resumed,  # time_s is then that of the rest
         **{key: said[key] for key in ("bits_per_weight", "compression", "entropy", "policy", "notes")},
     }
 
@@ -186,7 +245,8 @@ def text(row: dict[str, Any] | None) -> str:
     metric = "bleu" if "bleu" in row else "accuracy"
     smaller = f", {row['compression']:.1f}x" if "compression" in row else ""
     score = shown(row[metric], metric).removesuffix(" %")
-    return f"{score} ({row['time_s']:.0f} s, {row['bits_per_weight']:.2f} b{smaller})"
+    more = "over " if row.get("resumed") else ""
+    return f"{score} ({more}{row['time_s']:.0f} s, {row['bits_per_weight']:.2f} b{smaller})"
 
 
 def shown(score: float, metric: str) -> str:
@@ -196,12 +256,24 @@ def shown(score: float, metric: str) -> str:
 
 def main() -> None:
     """Decode once, go through the cells that are missing, print the tables."""
-    (args,) = HfArgumentParser(QuantizeArguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    try:
+        (args,) = HfArgumentParser(QuantizeArguments, description=__doc__).parse_args_into_dataclasses()  # type: ignore[arg-type]
+        wanted = cells(args)
+    except (ValueError, TypeError) as error:
+        raise SystemExit(f"quantize: {error}") from error
     common.go_offline_if_hub_is_unreachable()
-    wanted = cells(args)
     file = Path(args.output_dir) / "metrics.json"
+    try:
+        fill(args, wanted, file)
+    except KeyboardInterrupt as stop:
+        kept = f"finished cells are in {file}, finished layers of slow methods in {file.parent / UNFINISHED}"
+        raise interrupts.Stopped(f"stopped; {kept}: the same command goes on") from stop
+
+
+def fill(args: QuantizeArguments, wanted: list[dict[str, Any]], file: Path) -> None:
+    """Makes the cells that `file` lacks, and prints the tables."""
     content = json.loads(file.read_text()) if file.is_file() else {}
-    model = measuring.load_model(args)
+    model = measuring.load_float(args)
     data = Data(args, model)
     rows = measured_before(content, args)
     head = {**common.provenance(asdict(args), args.seed), "basis": basis(args)}
@@ -213,11 +285,15 @@ def main() -> None:
         if any(same(row, cell) for row in rows):
             continue
         torch.manual_seed(args.seed)
-        rows.append(run(cell, model, data, args.save_dir))
+        notes = unfinished(cell, args)
+        rows.append(run(cell, model, data, args.save_dir, notes))
         tqdm.write(
             f"{cell['method']} {cell['width']} {cell['granularity']}: {rows[-1].get('error') or text(rows[-1])}"
         )
         common.write_json(file, {**head, "results": rows})
+        if notes is not None:
+            shutil.rmtree(notes, ignore_errors=True)
+    shutil.rmtree(file.parent / UNFINISHED, ignore_errors=True)  # what stopped runs with other flags have left
     kept = [row for row in rows if any(same(row, cell) for cell in wanted)]
     for granularity in args.granularities:
         print("\n" + table(kept, granularity))

@@ -108,6 +108,22 @@ def test_a_short_run_saves_what_it_measured(tmp_path):
     assert "W2A4 by lsq" in card and metrics["results"][0]["bits_per_weight"] == metrics["report"]["bits_per_weight"]
 
 
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--method", "lsq", "--options", '{"offset": tru}'], "options must be JSON, like .*: Expecting value"),
+        (["--method", "dkm", "--options", '{"taw": 1}'], "'dkm' has no option taw; its options are: dim"),
+        (["--method", "dkm", "--options", "3"], "options must be a JSON object"),
+        (["--max_train_samples", "0"], "max_train_samples must be 1 or more, got 0"),
+        (["--metod", "dkm"], "not used .*--metod"),
+    ],
+)
+def test_flags_that_are_refused_end_with_one_line(monkeypatch, flags, said):
+    monkeypatch.setattr(sys, "argv", ["cifar_resnet.py", "--train_file", "no", "--validation_file", "no", *flags])
+    with pytest.raises(SystemExit, match=f"^cifar_resnet: .*{said}"):
+        script.main()
+
+
 def test_a_recipe_that_does_not_fit_is_refused_at_once():
     with pytest.raises(ValueError, match="weight_bits must be an integer from 1 to 8, got 9"):
         script.CifarArguments("no.parquet", "no.parquet", method="lsq", weight_bits=9)

@@ -47,6 +47,20 @@ def test_singular_values(tmp_path, drawn):
         plots.plot_singular_values({**LAYER, "singular_values": []}, tmp_path / "values.png")
 
 
+def test_options_that_make_no_recipe_end_with_one_line(monkeypatch):
+    files = ["--model_name_or_path", "gone", "--calibration_file", "gone", "--validation_file", "gone"]
+    for flags, said in (
+        (["--cora", '{"budjet": 1}'], "'cora' has no option budjet"),
+        (["--cora", "{"], "cora must be JSON"),
+        (["--adaround", "[]"], "adaround must be a JSON object"),
+        (["--widths", "9"], "weight_bits must be an integer from 1 to 8, got 9"),
+        (["--max_eval_samples", "0"], "max_eval_samples must be 1 or more, got 0"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["cora_study.py", *files, *flags])
+        with pytest.raises(SystemExit, match=f"^cora_study: .*{said}"):
+            script.main()
+
+
 def test_the_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     float_model("resnet").save_pretrained(tmp_path / "model")
     pictures(tmp_path / "train.parquet", 6)

@@ -216,6 +216,7 @@ def test_other_recipes_follow_their_flag_however_it_is_written(
         ({}, "give either config_name"),
         ({"config_name": "vit", "train_file": "a"}, "train_file and validation_file go together"),
         ({"config_name": "vit", "data_dir": "a", "streaming": True}, "streaming is for the hub"),
+        ({"config_name": "vit", "max_train_samples": 0}, "max_train_samples must be 1 or more, got 0"),
         ({"config_name": "vit", "bad_images": "ignore"}, "bad_images must be one of refuse, skip"),
     ],
 )
