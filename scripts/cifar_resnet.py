@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from transformers import HfArgumentParser, ResNetConfig, ResNetForImageClassification, set_seed
 
 import common
-import data_files
 import image_data
 import interrupts
 import vision_models
@@ -128,7 +127,7 @@ class Rows(torch.utils.data.Dataset):
 def build(args: CifarArguments, names: list[str]) -> ResNetForImageClassification:
     """The network to go on from, or an untrained ResNet of basic blocks whose first stage keeps the stem's resolution."""
     if args.model_name_or_path is not None:
-        return ResNetForImageClassification.from_pretrained(args.model_name_or_path)
+        return common.load_model(ResNetForImageClassification, args.model_name_or_path)  # type: ignore[return-value]
     config = ResNetConfig(
         embedding_size=args.embedding_size, hidden_sizes=args.hidden_sizes, depths=args.depths, layer_type="basic",
         downsample_in_first_stage=False, id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)},
@@ -172,15 +171,14 @@ def main() -> None:
     out, start = Path(str(training.output_dir)), time.perf_counter()
     made = common.provenance({"cifar": asdict(args), "training": training.to_dict()}, training.seed)
     set_seed(training.seed)
-    data = {"train": data_files.read(args.train_file), "validation": data_files.read(args.validation_file)}
-    how = (args.image_size, str(out))
-    train = Pictures(first(data["train"], args.max_train_samples), *how, args.train_file, args.bad_images)
-    validation = Pictures(
-        first(data["validation"], args.max_eval_samples), *how, args.validation_file, args.bad_images
-    )
-    class_names = image_data.class_names(data["train"]) or [str(n) for n in range(int(train.labels.max()) + 1)]
+    files = ((args.train_file, args.max_train_samples), (args.validation_file, args.max_eval_samples))
+    data = [(first(image_data.from_file(file), most), file) for file, most in files]
+    class_names = image_data.class_names(data[0][0]) or image_data.numbered_classes(*data[0])
     # Channels last: the convolutions of a CPU are about a fifth faster that way.
     model = build(args, class_names).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for rows, file in data:
+        image_data.check_labels(rows, model.num_labels, file)
+    train, validation = (Pictures(rows, args.image_size, str(out), file, args.bad_images) for rows, file in data)
     if args.method is not None:
         prepare(model, args.recipe())
     collator: Any = CropAndFlip(train, args.crop_padding)

@@ -60,6 +60,12 @@ def need(columns: Sequence[str], found: Sequence[str] | None, source: str) -> No
         )
 
 
+def drawn(data: Dataset, most: int, seed: int) -> tuple[Dataset, list[int]]:
+    """At most `most` rows, drawn at random, and their numbers in `data`, by which a bad one is found again."""
+    rows: list[int] = list(Dataset.from_dict({"row": range(len(data))}).shuffle(seed=seed)[:most]["row"])
+    return data.select(rows), rows
+
+
 def subset(data: Dataset, most: int | None, seed: int) -> Dataset:
     """At most `most` rows, drawn at random; all of them for None."""
     return data if most is None or most >= len(data) else data.shuffle(seed=seed).select(range(most))

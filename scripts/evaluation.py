@@ -69,7 +69,8 @@ def main() -> None:
     measured = measuring.load(args, data, model, args.batch_size, args.validation_file)
     start = time.perf_counter()
     score = measured.score(model)
-    found = {"samples": measured.samples, "eval_s": round(time.perf_counter() - start, 2), "settings": settings(args)}
+    found: dict[str, Any] = {"samples": measured.samples, "bad_images": measured.bad_images}
+    found |= {"eval_s": round(time.perf_counter() - start, 2), "settings": settings(args)}
     found["made_by"] = common.provenance(asdict(args), 0)
     row_ = {**row(args.name or Path(args.model_name_or_path).name, model, score), **found}
     file = Path(args.output_dir) / "metrics.json"

@@ -45,12 +45,12 @@ def from_file(file: str) -> Dataset:
     return checked(data_files.read(file), file)
 
 
-def checked(data: Any, source: str) -> Any:
+def checked(data: Any, source: str, columns: tuple[str, ...] = COLUMNS) -> Any:
     """`image`, left undecoded, and `label`; ends with one line where a column is missing or holds no images."""
-    data_files.need(COLUMNS, data.column_names or list(data.features or {}), source)
+    data_files.need(columns, data.column_names or list(data.features or {}), source)
     if not isinstance(data.features["image"], (ImageColumn, dict)):
         raise SystemExit(f"{source}: column image must hold images, got {data.features['image']}")
-    return data.select_columns(list(COLUMNS)).cast_column("image", ImageColumn(decode=False))
+    return data.select_columns(list(columns)).cast_column("image", ImageColumn(decode=False))
 
 
 def class_names(data: Any) -> list[str] | None:
@@ -58,11 +58,21 @@ def class_names(data: Any) -> list[str] | None:
     return getattr(data.features["label"], "names", None)
 
 
-def check_labels(data: Any, classes: int, source: str) -> None:
+def numbered_classes(data: Dataset, source: str) -> list[str]:
+    """Names for the classes of data that do not name theirs; ends with one line for labels that are no whole numbers."""
+    labels = data.unique("label")
+    wrong = [label for label in labels if not isinstance(label, int) or label < 0]
+    if wrong:
+        shown = ", ".join(map(repr, sorted(wrong, key=str)[:5]))
+        raise SystemExit(f"{source}: labels must be whole numbers from 0 on, found {shown}")
+    return [str(number) for number in range(1 + max(labels))]
+
+
+def check_labels(data: Any, classes: int, source: str, advice: str = "") -> None:
     """Ends with one line for labels that a head of `classes` outputs cannot give; streamed labels show while training."""
     names = class_names(data)
     if names is not None and len(names) > classes:
-        raise SystemExit(f"{source}: {len(names)} classes, but the head has {classes}; --new_head makes one that fits")
+        raise SystemExit(f"{source}: {len(names)} classes, but the head has {classes}{advice}")
     if isinstance(data, Dataset):
         try:
             _check_numbers(data.unique("label"), classes, source)

@@ -115,7 +115,7 @@ def main() -> None:
     model = load_model(args, train)
     classes = int(model.config.num_labels or 0)
     for data, part in ((train, "train"), (validation, "validation")):
-        image_data.check_labels(data, classes, part)
+        image_data.check_labels(data, classes, part, advice="; --new_head makes one that fits")
     bound_steps_(training, train)
     train, validation, decoders = prepared(args, train, validation, classes)
     processor = vision_models.processor(args.model_name_or_path, args.size())
@@ -180,7 +180,7 @@ def load_model(args: ImageArguments, train: Any) -> PreTrainedModel:
     if names is None and (args.config_name or args.new_head):
         if args.streaming:
             raise SystemExit("the streamed data do not name their classes: fine-tune a model whose head fits instead")
-        names = [str(number) for number in range(1 + max(train.unique("label")))]
+        names = image_data.numbered_classes(train, "train")
     if args.config_name is not None:
         return vision_models.new(args.config_name, list(names or []), args.size())
     return vision_models.load(str(args.model_name_or_path), names if args.new_head else None)

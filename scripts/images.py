@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ class Pictures:
     """Images decoded once and kept as bytes; normalized as the model's preprocessor_config.json says (else to [-1, 1]).
 
     The middle is cut out of each as it is, or with `crop_fraction` out of its shorter side scaled to size / crop_fraction.
-    Ends with one line for an image that does not decode, or leaves it out, as `bad_images` says.
+    Ends with one line for an image that does not decode, or leaves it out, as `bad_images` says. `rows`: the rows' numbers in
+    the file `name`; default: as they come. `labelled`: whether there are labels, and they matter.
     """
 
     def __init__(
@@ -94,19 +96,22 @@ class Pictures:
         name: str,
         bad_images: str = "refuse",
         crop_fraction: float | None = None,
+        rows: Sequence[int] | None = None,
+        labelled: bool = True,
     ):
-        data_files.need(("image", "label"), data.column_names, name)
+        columns = ["image", "label"] if labelled else ["image"]
+        data_files.need(columns, data.column_names, name)
         decode, pixels, labels = Decoder(name, bad_images), [], []
-        rows: Any = data.cast_column("image", ImageColumn(decode=False))
-        for number, row in enumerate(tqdm(rows, desc=f"decoding {name}")):
+        read: Any = data.select_columns(columns).cast_column("image", ImageColumn(decode=False))
+        for number, row in enumerate(tqdm(read, desc=f"decoding {name}")):
             try:
-                image = decode(row["image"], f"row {number}")
+                image = decode(row["image"], f"row {number if rows is None else rows[number]}")
             except BadData as error:
                 raise SystemExit(str(error)) from error
             if image is not None:
                 shorter = round(size / crop_fraction) if crop_fraction else None
                 pixels.append(middle(image, size, shorter) if shorter else square(image, size))
-                labels.append(row["label"])
+                labels.extend(row[column] for column in columns[1:])
         if not pixels:
             raise SystemExit(f"{name}: no image in {len(data)} rows")
         self.bad_images = int(decode.count)
@@ -117,7 +122,7 @@ class Pictures:
         self.std = torch.tensor(settings.get("image_std", [0.5] * 3)).view(3, 1, 1)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.pixels)
 
     def batch(self, start: int, size: int) -> dict[str, Tensor]:
         """Pixel values [size, 3, H, W] from `start` on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ class Measured:
     batches: list[dict[str, Tensor]]
     score: Callable[[nn.Module], dict[str, Any]]
     samples: int
+    bad_images: int = 0  # were left out because they do not decode
 
 
 def load_model(args: Any) -> PreTrainedModel:
@@ -63,35 +64,50 @@ def first(data: Dataset, most: int | None) -> Dataset:
 
 
 def load(
-    args: Any, data: Dataset, model: PreTrainedModel, size: int, name: str, *, by_length: bool = True
+    args: Any, data: Dataset, model: PreTrainedModel, size: int, name: str, rows: Sequence[int] | None = None
 ) -> Measured:
-    """Rows of the task in batches of `size`; texts are sorted by length, unless batches are to be a sample of the data.
+    """Rows of the task in batches of `size`; texts are sorted by length.
 
-    Ends with one line for missing columns, labels that the head cannot give, and images that do not decode.
+    For calibration `rows` are given, their numbers in the file `name`: batches are a sample of the data, texts in their order,
+    and labels are not looked at.
+
+    Ends with one line for missing columns, labels that the head cannot give, empty texts, and images that do not decode.
     """
     if args.task == "image-classification":
-        return _images(args, data, model, size, name)
+        return _images(args, data, model, size, name, rows)
     if args.task == "translation":
         return _sentences(args, data, model, size, name)
-    return _pairs(args, data, model, size, name, by_length)
+    return _pairs(args, data, model, size, name, rows)
 
 
-def _images(args: Any, data: Dataset, model: PreTrainedModel, size: int, name: str) -> Measured:
-    data_files.need(image_data.COLUMNS, data.column_names, name)
-    image_data.check_labels(data, int(model.config.num_labels or 0), name)
-    found = Pictures(data, args.image_size, args.model_name_or_path, name, args.bad_images, args.crop_fraction)
+def _images(
+    args: Any, data: Dataset, model: PreTrainedModel, size: int, name: str, rows: Sequence[int] | None
+) -> Measured:
+    labelled = rows is None
+    columns = image_data.COLUMNS if labelled else image_data.COLUMNS[:1]
+    data_files.need(columns, data.column_names, name)
+    if labelled:
+        image_data.check_labels(data, int(model.config.num_labels or 0), name)
+    data = image_data.checked(data, name, columns)
+    how = (args.image_size, args.model_name_or_path, name, args.bad_images, args.crop_fraction)
+    found = Pictures(data, *how, rows=rows, labelled=labelled)
     batches = found.batches(size)
-    return Measured(batches, lambda net: {"accuracy": accuracy(net, batches, found.labels)}, len(found))
+    score = lambda net: {"accuracy": accuracy(net, batches, found.labels)}  # noqa: E731
+    return Measured(batches, score, len(found), found.bad_images)
 
 
-def _pairs(args: Any, data: Dataset, model: PreTrainedModel, size: int, name: str, by_length: bool) -> Measured:
+def _pairs(
+    args: Any, data: Dataset, model: PreTrainedModel, size: int, name: str, rows: Sequence[int] | None
+) -> Measured:
     tokenizer, classes = common.load_tokenizer(args.model_name_or_path), model.config.num_labels
     if classes != len(qnli_data.LABELS):
         raise SystemExit(f"{name}: labels are {' and '.join(qnli_data.LABELS)}, but the head has {classes} classes")
-    texts = qnli_data.tokenized(qnli_data.checked(data, name), tokenizer, args.max_length, by_length=by_length)
-    labels, rows = torch.tensor(texts["labels"]), texts.remove_columns("labels")
-    batches = [dict(tokenizer.pad(rows[i : i + size], return_tensors="pt")) for i in range(0, len(rows), size)]
-    return Measured(batches, lambda net: {"accuracy": accuracy(net, batches, labels)}, len(rows))
+    checked = qnli_data.checked(data, name, rows)
+    texts = qnli_data.tokenized(checked, tokenizer, args.max_length, by_length=rows is None)
+    labels = torch.tensor(texts["labels"] if rows is None else [])
+    texts = texts.select_columns([column for column in texts.column_names if column != "labels"])
+    batches = [dict(tokenizer.pad(texts[i : i + size], return_tensors="pt")) for i in range(0, len(texts), size)]
+    return Measured(batches, lambda net: {"accuracy": accuracy(net, batches, labels)}, len(texts))
 
 
 def _sentences(args: Any, data: Dataset, model: PreTrainedModel, size: int, name: str) -> Measured:

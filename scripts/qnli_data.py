@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
@@ -40,12 +40,20 @@ def from_files(train_file: str, validation_file: str) -> DatasetDict:
     return DatasetDict({part: checked(data_files.read(file), file) for part, file in parts.items()})
 
 
-def checked(data: Dataset, source: str) -> Dataset:
-    """The three columns, labels as 0 and 1 (names of classes are translated); ends with one line for anything else."""
-    data_files.need(COLUMNS, data.column_names, source)
+def checked(data: Dataset, source: str, rows: Sequence[int] | None = None) -> Dataset:
+    """The three columns, labels as 0 and 1 (names of classes are translated); ends with one line for anything else.
+
+    For calibration `rows` are given, the rows' numbers in the file `source`: labels are not looked at, and left out.
+    """
+    columns = COLUMNS if rows is None else COLUMNS[:2]
+    data_files.need(columns, data.column_names, source)
     if len(data) == 0:
         raise SystemExit(f"{source}: holds no row")
-    data = data.select_columns(list(COLUMNS))
+    data = data.select_columns(list(columns))
+    for column in columns:
+        check_filled(data, column, source, rows)
+    if rows is not None:
+        return data
     found = set(data.unique("label"))
     if found <= {0, 1}:
         return data
@@ -56,12 +64,26 @@ def checked(data: Dataset, source: str) -> Dataset:
     return data.remove_columns("label").add_column("label", numbers)
 
 
+def check_filled(data: Dataset, column: str, source: str, rows: Sequence[int] | None) -> None:
+    """Ends with one line for empty cells, which are named, and for a column of texts that holds something else."""
+    cells: Any = data.select_columns([column]).with_format("arrow")[:][column]
+    empty = [i if rows is None else rows[i] for i, is_empty in enumerate(cells.is_null().to_pylist()) if is_empty]
+    if empty:
+        shown = ", ".join(map(str, sorted(empty)[:5])) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
+        raise SystemExit(
+            f"{source}: {column} is empty in row {shown} (the first is row 0): fill it in, or leave the row out; "
+            "in csv and tsv a word like NA or null alone counts as empty"
+        )
+    if column != "label" and "string" not in str(cells.type):
+        raise SystemExit(f"{source}: {column} must hold text, got {cells.type}")
+
+
 def tokenized(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, by_length: bool) -> Dataset:
-    """Token ids and `labels`, not padded; `by_length` sorts the rows, so that batches hold little padding."""
+    """Token ids and `labels` (where there are any), not padded; `by_length` sorts the rows: batches then hold little padding."""
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         encoded = dict(tokenizer(rows["question"], rows["sentence"], truncation=True, max_length=max_length))
-        return {**encoded, "labels": rows["label"]}
+        return {**encoded, "labels": rows["label"]} if "label" in rows else encoded
 
     data = data.map(encode, batched=True, remove_columns=data.column_names, desc="Tokenizing")
     lengths = [len(ids) for ids in data["input_ids"]]

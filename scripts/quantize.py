@@ -106,14 +106,16 @@ class Data:
     """Calibration batches, and what models are measured on."""
 
     def __init__(self, args: QuantizeArguments, model: PreTrainedModel):
-        drawn = data_files.read(args.calibration_file).shuffle(seed=args.seed)
-        drawn = measuring.first(drawn, args.calibration_samples)
-        calibration = measuring.load(
-            args, drawn, model, args.calibration_batch, args.calibration_file, by_length=False
-        )
+        file = args.calibration_file
+        drawn, rows = data_files.drawn(data_files.read(file), args.calibration_samples, args.seed)
+        calibration = measuring.load(args, drawn, model, args.calibration_batch, file, rows)
         self.calibration = calibration.batches
         measured = measuring.first(data_files.read(args.validation_file), args.max_eval_samples)
         self.validation = measuring.load(args, measured, model, args.batch_size, args.validation_file)
+        self.bad_images = {"calibration": calibration.bad_images, "validation": self.validation.bad_images}
+        for part, flag in ((calibration, "calibration_samples"), (self.validation, "max_eval_samples")):
+            if part.samples < (getattr(args, flag) or 0):
+                print(f"{part.samples} samples, fewer than the {getattr(args, flag)} of --{flag}", flush=True)
 
 
 def cells(args: QuantizeArguments) -> list[dict[str, Any]]:
@@ -190,7 +192,7 @@ def run(
     seconds = time.perf_counter() - start
     said, start = report(packed), time.perf_counter()
     measured = {**data.validation.score(packed), "time_s": seconds}
-    measured["eval_s"] = time.perf_counter() - start
+    measured |= {"eval_s": time.perf_counter() - start, "bad_images": data.bad_images}
     if save_dir is not None:
         packed.save_pretrained(Path(save_dir) / name(cell))
     return {

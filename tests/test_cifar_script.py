@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
+from datasets import Image as PictureColumn
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainerCallback
 
+from tests.models import float_model
 from tests.test_quantize_script import images, pictures
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,6 +124,29 @@ def test_flags_that_are_refused_end_with_one_line(monkeypatch, flags, said):
     monkeypatch.setattr(sys, "argv", ["cifar_resnet.py", "--train_file", "no", "--validation_file", "no", *flags])
     with pytest.raises(SystemExit, match=f"^cifar_resnet: .*{said}"):
         script.main()
+
+
+def test_labels_outside_the_head_are_named_before_images_are_decoded(tmp_path, monkeypatch):
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["cifar_resnet.py", "--output_dir", str(tmp_path / "out"), *map(str, flags)])
+        with pytest.raises(SystemExit) as ended:
+            script.main()
+        return str(ended.value)
+
+    for name, labels in (("two", [0, 1]), ("three", [0, 2]), ("below", [-1, 0]), ("texts", ["a", "b"])):
+        rows = {"image": [{"bytes": b"rubbish", "path": None}] * 2, "label": labels}
+        Dataset.from_dict(rows).cast_column("image", PictureColumn()).to_parquet(str(tmp_path / f"{name}.parquet"))
+    two, three, below, texts = (tmp_path / f"{name}.parquet" for name in ("two", "three", "below", "texts"))
+    for train, validation, said in (
+        (two, three, "three.parquet: labels must be whole numbers from 0 to 1 for this head, found 2"),
+        (two, below, "below.parquet: labels must be whole numbers from 0 to 1 for this head, found -1"),
+        (below, two, "below.parquet: labels must be whole numbers from 0 on, found -1"),
+        (texts, two, "texts.parquet: labels must be whole numbers from 0 on, found 'a', 'b'"),
+    ):
+        assert said in run("--train_file", train, "--validation_file", validation)
+    float_model("resnet").save_pretrained(tmp_path / "two classes")
+    flags = ["--model_name_or_path", tmp_path / "two classes", "--validation_file", two]
+    assert "three.parquet: labels must be whole numbers from 0 to 1" in run(*flags, "--train_file", three)
 
 
 def test_a_recipe_that_does_not_fit_is_refused_at_once():

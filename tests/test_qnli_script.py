@@ -90,6 +90,13 @@ def test_every_file_type_gives_the_same_rows(tmp_path, suffix):
         ("premise,label\na,0\n", "no column question, sentence; needed are question, sentence, label, found premise"),
         ("question,sentence,label\na,b,-1\n", "label must be 0 or 1, or entailment or not_entailment; found -1"),
         ("question,sentence,label\na,b,maybe\n", "found 'maybe'"),
+        (
+            "question,sentence,label\na,b,0\n,b,1\na,b,0\n,d,0\n",
+            "question is empty in row 1, 3 (the first is row 0)",
+        ),
+        ("question,sentence,label\na,NA,0\n", "sentence is empty in row 0"),
+        ("question,sentence,label\na,b,\na,b,1\n", "label is empty in row 0"),
+        ("question,sentence,label\n3,b,1\n", "question must hold text, got int64"),
         ("question,sentence,label\n", "cannot be read as csv, or holds no row"),
     ],
 )
