@@ -19,12 +19,17 @@ LABELS = ("labels", "label", "start_positions", "end_positions")
 def checked(batches: Batches | None, samples: int | None = None, *, labels: bool = False) -> list[dict[str, Any]]:
     """The batches as a list, of at most `samples` samples (the first dimension of their tensors); without labels unless asked.
 
-    Raises ValueError for no batch at all, for a batch that is no mapping, and for NaN or infinity (batch and key named). Fewer
-    samples than asked for are enough; the log says so.
+    Fewer samples are enough. Raises ValueError for no batch at all, for a batch that is no mapping or holds no sample, and for
+    NaN or infinity (batch and key named); TypeError for `batches` that hold no batches, such as one batch alone.
     """
+    if isinstance(batches, (Mapping, Tensor, str)) or not (batches is None or _can_be_iterated(batches)):
+        hint = ": put a single batch into a list, [batch]" if isinstance(batches, Mapping) else ""
+        raise TypeError(
+            f"batches must be a list or loader of keyword dicts for forward, got {type(batches).__name__}{hint}"
+        )
     kept: list[dict[str, Any]] = []
     seen = 0
-    for number, batch in enumerate(batches or ()):
+    for number, batch in enumerate(() if batches is None else batches):  # a loader may have no length to be asked for
         if not isinstance(batch, Mapping):
             raise ValueError(f"batch {number}: batches must be keyword dicts for forward, got {type(batch).__name__}")
         batch = {k: v for k, v in batch.items() if labels or k not in LABELS}
@@ -32,6 +37,9 @@ def checked(batches: Batches | None, samples: int | None = None, *, labels: bool
             if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
                 raise ValueError(f"batch {number} holds NaN or infinity in {key!r}")
         size = samples_in(batch)
+        if size == 0:
+            key = next(k for k, v in batch.items() if isinstance(v, Tensor) and v.dim() > 0)
+            raise ValueError(f"batch {number} holds no sample: {key!r} has shape {list(batch[key].shape)}")
         if samples is not None and seen + size > samples:
             batch = {k: _first(v, samples - seen, size) for k, v in batch.items()}
         kept.append(batch)
@@ -40,9 +48,22 @@ def checked(batches: Batches | None, samples: int | None = None, *, labels: bool
             return kept
     if not kept:
         raise ValueError("calibration needs at least one batch; batches was empty")
-    if samples is not None:
-        logger.info("%d calibration samples, fewer than the %d asked for", seen, samples)
     return kept
+
+
+def warn_of_fewer(batches: Sequence[Mapping[str, Any]], samples: int) -> None:
+    """Says in the log that `batches` hold fewer than the `samples` that someone asked for."""
+    found = sum(map(samples_in, batches))
+    if found < samples:
+        logger.warning("%d calibration samples, fewer than the %d asked for", found, samples)
+
+
+def _can_be_iterated(batches: Any) -> bool:
+    try:
+        iter(batches)
+    except TypeError:
+        return False
+    return True
 
 
 def samples_in(batch: Mapping[str, Any]) -> int:

@@ -14,6 +14,7 @@ from hf_r2.float_passes import FloatPasses
 from hf_r2.grid import check_bits
 from hf_r2.layers import matches
 from hf_r2.ptq import PTQ_METHODS
+from hf_r2.ptq.allowed import check_values
 from hf_r2.spec import LayerSpec
 
 FORMAT_VERSION = 2
@@ -174,5 +175,7 @@ def check_options(spec: LayerSpec) -> None:
         )
     shared = {} if in_encoder else {k: v for k, v in spec.options.items() if k in SHARED}
     FloatPasses(**shared)
-    if holder is not None:
+    if holder is None:
+        check_values(spec.options)
+    else:
         holder(**{k: v for k, v in spec.options.items() if k not in shared})

@@ -18,7 +18,7 @@ from hf_r2.attach import (
     prepared_layers,
     settle_inputs_,
 )
-from hf_r2.batches import Batches, check_accepted, checked
+from hf_r2.batches import Batches, check_accepted, checked, warn_of_fewer
 from hf_r2.calibration import await_ranges_, calibrate_, make_dynamic_, range_by_statistics_, static_quantizers
 from hf_r2.dressed import float_weights
 from hf_r2.float_passes import apply_passes_, undo_passes_
@@ -68,6 +68,7 @@ def quantize_(model: nn.Module, config: R2QuantConfig, batches: Batches | None) 
     data = None if batches is None else checked(batches, options.get("samples", SAMPLES), labels=method.labels)
     if data is not None:
         check_accepted(model, data)
+        warn_of_fewer(data, options.get("samples", 0))  # what is not asked for is a limit, no wish
     if config.granularity == "per_tensor":
         passes = replace(passes, **{k: v for k, v in method.per_tensor_passes.items() if getattr(passes, k) is None})
     skeleton = apply_passes_(model, passes, data[0] if data else None)

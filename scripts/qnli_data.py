@@ -79,7 +79,7 @@ def check_filled(data: Dataset, column: str, source: str, rows: Sequence[int] | 
 
 
 def tokenized(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, by_length: bool) -> Dataset:
-    """Token ids and `labels` (where there are any), not padded; `by_length` sorts the rows: batches then hold little padding."""
+    """Token ids and `labels` (where there are any), not padded; `by_length` sorts the rows: batches hold less padding."""
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         encoded = dict(tokenizer(rows["question"], rows["sentence"], truncation=True, max_length=max_length))

@@ -19,6 +19,7 @@ FILES = sorted(p.relative_to(PACKAGE).with_suffix("").as_posix() for p in PACKAG
 LEVELS = [
     {
         "vectors",
+        "ptq/allowed",
         "encoders/attention",
         "grid",
         "layers",

@@ -23,6 +23,7 @@ from hf_r2.encoders.adapted import Adapted, Filtered
 from hf_r2.layers import WeightLayer, is_table
 from hf_r2.lowrank import LowRank, cheaper_side, check_adapter_bits, unfold
 from hf_r2.ptq.adaround import adaround_
+from hf_r2.ptq.allowed import ANY_COUNT, ONE_OR_MORE, POSITIVE, SWITCH, check_values
 from hf_r2.ptq.input_moments import InputMoments, input_moments
 from hf_r2.ptq.mse import mse_
 from hf_r2.ptq.nearest import nearest_
@@ -38,6 +39,12 @@ BASES: dict[str, Callable[..., None]] = {"nearest": nearest_, "mse": mse_, "squa
 RANKS = ("search", "equal")
 TEACHERS = ("logits", "labels")
 METRICS = ("inputs", "weights")
+OWN = {
+    **dict.fromkeys(("order", "iters", "batch_size", "samples"), ONE_OR_MORE),
+    **dict.fromkeys(("lr", "gamma"), POSITIVE),
+    **dict.fromkeys(("correct_bias", "progress"), SWITCH),
+    "seed": ANY_COUNT,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +99,8 @@ class CoRaOptions:
             raise TypeError(
                 f"base {self.base!r} has no option {', '.join(unknown)}; its options are: {', '.join(known) or 'none'}"
             )
-        for name in ("order", "iters", "batch_size", "samples"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer from 1 on, got {value!r}")
-        for name in ("lr", "gamma"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
+        check_values(self.base_options)
+        check_values(vars(self), OWN)
 
 
 def cora_(model: nn.Module, batches: Iterable[Mapping[str, Any]] | None = None, **options: Any) -> None:
