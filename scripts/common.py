@@ -38,7 +38,7 @@ from hf_r2.report import checkpoint_bytes, report
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hf_r2", "torch", "transformers", "datasets", "accelerate", "evaluate")
 HUB_PROBE_S = 5.0
-LOCAL = "Give a local folder with --model_name_or_path, and local data with --train_file and --validation_file"
+LOCAL = "Give a local folder with --model_name_or_path"
 
 
 def go_offline_if_hub_is_unreachable() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
+import common
+
 # A TSV of GLUE has bare quotation marks in its sentences: 3 is csv.QUOTE_NONE.
 READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
@@ -41,12 +43,13 @@ def read(file: str) -> Dataset:
 
 
 def _from_hub(name: str, part: str) -> Dataset:
+    common.go_offline_if_hub_is_unreachable()
     try:
         return load_dataset(name, split=part)  # type: ignore[return-value]
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise SystemExit(
-            f"cannot get {part} of {name} from the hub or its cache ({reason}). Give a local file"
+            f"cannot get {part} of {name} from the hub or its cache ({reason}). Give a local file in place of {name}:{part}"
         ) from error
 
 

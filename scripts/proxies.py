@@ -137,6 +137,12 @@ def looked_at_closely(proxy: str, form: str) -> bool:
     return form in (BASELINE, PAPER, PROXIES[proxy].recommended)
 
 
+def files(data: str) -> set[str]:
+    """What all tasks read below the folder `data`."""
+    words = {word for proxy in PROXIES.values() for word in (*proxy.train, *proxy.files) if word.startswith("{data}/")}
+    return {word.format(data=data) for word in words}
+
+
 ITERS = 200  # of AdaRound in the study
 WIDE, NARROW = ("W8A32", "W6A32", "W4A32", "W3A32", "W2A32"), ("W4A32", "W2A32")
 SLOW = ("adaround", "pdquant")

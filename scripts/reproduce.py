@@ -22,6 +22,7 @@ from transformers import HfArgumentParser
 import cells
 import interrupts
 import paper_numbers
+import proxies
 import reproduce_figures
 import scales
 import steps
@@ -76,7 +77,9 @@ def main() -> None:
     wanted += [step for figure in figures.values() for step in figure.steps(scale)]
     wanted = list({step.out: step for step in wanted}.values())
     if args.dry_run:
-        print(steps.plan(wanted, scale.cost))
+        print(steps.plan(wanted, scale.cost), flush=True)
+    steps.check_files(wanted, proxies.files(args.data_dir or ""))
+    if args.dry_run:
         return
     failed = steps.run(wanted, shlex.split(args.launcher))
     out = Path(args.output_dir) / args.scale

@@ -50,6 +50,14 @@ def _checkpoints(out: Path) -> list[Path]:
     return [folder for folder in out.glob("checkpoint-*") if (folder / "trainer_state.json").is_file()]
 
 
+def check_files(steps: Iterable[Step], files: Iterable[str]) -> None:
+    """Ends with one line that names those of `files` which steps that are not done read, and which are not there."""
+    gone = {file for file in files if not Path(file).exists()}
+    missing = sorted({word for step in steps if not step.done() for word in step.words if word in gone})
+    if missing:
+        raise SystemExit(f"these steps read files that are not there: {', '.join(missing)}")
+
+
 def plan(steps: Sequence[Step], cost: str) -> str:
     """The steps as a Markdown table: what is done, what is to be run, and how long that takes, in units of `cost`."""
     lines = [f"| step | state | {cost} | command |", "|---|---|---:|---|"]

@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 import interrupts
 import steps
 import study_table
-from proxies import PROXIES, Run, looked_at_closely
+from proxies import PROXIES, Run, files, looked_at_closely
 
 STUDIED = ("imagenette", "cifar10", "qnli")
 
@@ -97,7 +97,10 @@ def main() -> None:
         raise SystemExit(f"study: {error}") from error
     wanted = [step for run in runs(args) for step in run.steps()]
     if args.dry_run:
-        print(steps.plan(wanted, "minutes on two CPU cores"))
+        print(steps.plan(wanted, "minutes on two CPU cores"), flush=True)
+    if not args.tables_only:
+        steps.check_files(wanted, files(args.data_dir))
+    if args.dry_run:
         return
     failed = [] if args.tables_only else steps.run(wanted)
     print(write(args))

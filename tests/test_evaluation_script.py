@@ -11,6 +11,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_r2 import R2QuantConfig, quantize
 from tests.models import float_model
+from tests.test_imagenet_script import run_script
 from tests.test_quantize_script import pictures
 
 pytest.importorskip("sentencepiece")
@@ -78,3 +79,15 @@ def test_labels_and_columns_that_do_not_fit_end_with_one_line(tmp_path, monkeypa
         SystemExit, match=r"b\.parquet: labels must be whole numbers from 0 to 1 for this head, found 7"
     ):
         run(monkeypatch, *flags, "--validation_file", tmp_path / "b.parquet")
+
+
+@pytest.mark.parametrize("name", ["evaluation", "quantize"])
+def test_an_unreachable_hub_ends_soon_with_one_line(tmp_path, name):
+    float_model("resnet").save_pretrained(tmp_path / "float")
+    flags = ["--model_name_or_path", str(tmp_path / "float"), "--validation_file", "some/pictures:test"]
+    flags += ["--calibration_file", "some/pictures:train"] if name == "quantize" else []
+    hub = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    run = run_script(*flags, "--output_dir", str(tmp_path / "out"), script=name, **hub)
+    part = "train" if name == "quantize" else "test"
+    assert run.returncode == 1 and f"Give a local file in place of some/pictures:{part}" in run.stderr
+    assert "Traceback" not in run.stderr and "Retrying" not in run.stderr

@@ -149,7 +149,7 @@ def test_a_flag_that_is_not_allowed_ends_with_one_line(flags, message):
 
 def test_an_unreachable_hub_ends_soon_with_one_line(tmp_path):
     run = run_script(HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
-    assert run.returncode == 1 and "--train_file" in run.stderr
+    assert run.returncode == 1 and "Give a local folder with --model_name_or_path" in run.stderr
     assert "Traceback" not in run.stderr and "Retrying" not in run.stderr
 
 

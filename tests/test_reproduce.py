@@ -229,11 +229,37 @@ def test_reproduce_says_what_it_needs(flags, said, monkeypatch):
         reproduce.main()
 
 
+def test_the_study_names_the_files_that_it_misses(tmp_path, monkeypatch, capsys):
+    (tmp_path / "cifar10").mkdir()
+    (tmp_path / "cifar10/test.parquet").touch()
+    flags = [
+        "--data_dir",
+        str(tmp_path),
+        "--proxies",
+        "cifar10",
+        "--seeds",
+        "0",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    said = f"these steps read files that are not there: {tmp_path}/cifar10/train.parquet$"
+    for more in (["--dry_run"], []):
+        monkeypatch.setattr(sys, "argv", ["study.py", *flags, *more])
+        with pytest.raises(SystemExit, match=said):
+            study.main()
+        assert ("| to run |" in capsys.readouterr().out) == bool(more) and not (tmp_path / "out").exists()
+
+
 def test_a_dry_run_lists_steps_and_runs_none(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
-    monkeypatch.setattr(
-        sys, "argv", ["r.py", "--table", "1", "--data_dir", ".", "--dry_run", "--output_dir", str(out)]
-    )
+    out, data = tmp_path / "out", tmp_path / "data"
+    data.mkdir()
+    flags = ["--table", "1", "--data_dir", str(data), "--dry_run", "--output_dir", str(out)]
+    monkeypatch.setattr(sys, "argv", ["r.py", *flags])
+    for file in ("models/mobilenet_v1_0.75_224", "imagenette160/train.parquet", "imagenette160/validation.parquet"):
+        with pytest.raises(SystemExit, match=f"^these steps read files that are not there: .*{data}/{file}"):
+            reproduce.main()
+        (data / file).mkdir(parents=True)
+    capsys.readouterr()
     reproduce.main()
     said = capsys.readouterr().out
     assert said.count("| to run |") == 30 and "minutes on two CPU cores" in said and not out.exists()
