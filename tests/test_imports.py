@@ -67,7 +67,7 @@ LEVELS = [
     },
     {"losses", "encoders/lsq", "encoders/dkm"},
     {"encoders/trained_inputs"},
-    {"encoders/__init__", "training_args", "graph/equalize", "graph/__init__", "graph/capture", "ptq/notes"},
+    {"encoders/__init__", "training_args", "graph/equalize", "graph/__init__", "graph/capture"},
     {
         "entropy",
         "attach",
@@ -79,7 +79,7 @@ LEVELS = [
         "ptq/rounding",
     },
     {"trainer", "calibration", "ptq/learned_step", "ptq/distribution", "ptq/walk"},
-    {"ptq/learn_layer", "ptq/bias"},
+    {"ptq/learn_layer", "ptq/bias", "ptq/notes"},
     {
         "ptq/nearest",
         "ptq/mse",

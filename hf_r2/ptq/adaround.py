@@ -20,7 +20,7 @@ from hf_r2.graph import Graph, find_blocks, read_graph
 from hf_r2.layers import WeightLayer, is_table
 from hf_r2.ptq.layer_error import Calls, Gram, Rows
 from hf_r2.ptq.learn_layer import RoundingSettings, correct_bias_, layer_problem, learn_rounding
-from hf_r2.ptq.notes import Notes, fingerprint
+from hf_r2.ptq.notes import Notes
 from hf_r2.ptq.rounding import Rounding
 from hf_r2.ptq.walk import Step, walk
 from hf_r2.ranges import mse_range
@@ -58,6 +58,7 @@ def adaround_(
     more than what a few hundred samples of another kind of data would show by themselves. Tables are rounded to nearest.
 
     Deterministic for a `seed`. `resume_dir`: a folder where finished layers are noted; an interrupted run goes on there.
+    Notes of another model, another recipe or other data are not read.
 
     Raises ValueError for a model whose graph cannot be read (see `read_graph`) and for batches that it rejects.
     """
@@ -69,8 +70,8 @@ def adaround_(
     for weight, encoder in prepared_encoders(model):
         encoder.set_range_(*mse_range(weight, encoder.grid, encoder.axis))
     layers = {layer.name: layer for layer in prepared_layers(model)}
-    about = fingerprint({name: layer.weight for name, layer in layers.items()}, data)
-    notes = Notes(resume_dir, {**about, **vars(settings), "method": "adaround", "correct_bias": correct_bias})
+    about = {**vars(settings), "method": "adaround", "correct_bias": correct_bias}
+    notes = Notes(resume_dir, model, data, about)
     with evaluating(model):
         with float_weights(model):
             graph = read_graph(model, data[0])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_r2.attach import encoder_of, prepared_encoders, prepared_layers
+from hf_r2.attach import encoder_of, prepared_encoders
 from hf_r2.batches import checked, evaluating
 from hf_r2.calibration import quantizer_of
 from hf_r2.dressed import FLOAT_BIAS, float_weights, set_bias_
@@ -22,7 +22,7 @@ from hf_r2.graph.capture import run_block
 from hf_r2.layers import WeightLayer, is_table
 from hf_r2.ptq.bias import match_mean_
 from hf_r2.ptq.learn_layer import RoundingSettings, correct_bias_, layer_problem, learn_rounding
-from hf_r2.ptq.notes import Notes, fingerprint
+from hf_r2.ptq.notes import Notes
 from hf_r2.ptq.reconstruct import BlockProblem, Settings, layers_in, learn_block_
 from hf_r2.ptq.walk import Step, frozen, walk
 from hf_r2.ranges import mse_range
@@ -100,8 +100,7 @@ def _reconstruct_all_(
 ) -> None:  # fmt: skip
     for weight, encoder in prepared_encoders(model):
         encoder.set_range_(*mse_range(weight, encoder.grid, encoder.axis))
-    weights = {layer.name: layer.weight for layer in prepared_layers(model)}
-    notes, setting = Notes(resume_dir, {**fingerprint(weights, data), **about}), about["setting"]
+    notes, setting = Notes(resume_dir, model, data, about), about["setting"]
     with evaluating(model), frozen(model):
         with float_weights(model):
             graph = read_graph(model, data[0])

@@ -1,0 +1,94 @@
+"""`resume_dir`: notes of one run are read by the same run alone, whatever it is that differs."""
+
+import copy
+import json
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+from hf_r2 import R2QuantConfig, quantize
+from hf_r2.ptq.notes import fingerprint
+
+QUICK = {"adaround": {"iters": 10}, "pdquant": {"iters": 4, "start_iters": 4}}
+GRIDS = [
+    ({"weight_bits": 3}, {"weight_bits": 4}),
+    ({"weight_bits": 4}, {"weight_bits": 3}),
+    ({"symmetric": True}, {"symmetric": False}),
+    ({"granularity": "per_channel"}, {"granularity": "per_tensor"}),
+    ({"act_bits": 8}, {"act_bits": 4}),
+    ({"act_bits": 8, "act_range": "static"}, {"act_bits": 8, "act_range": "dynamic"}),
+    ({}, {"overrides": {"4": {"weight_bits": 2}}}),
+    ({}, {"skip": ["4"]}),
+]
+
+
+def batches():
+    generator = torch.Generator().manual_seed(5)
+    return [{"input": torch.randn(8, 3, 6, 6, generator=generator)} for _ in range(3)]
+
+
+@cache
+def network():
+    """A network with a batch norm and a bias in each layer; do not change it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 5))
+    model(batches()[0]["input"])
+    return model.eval()
+
+
+def packed(method, folder=None, model=None, data=None, **recipe):
+    options = {**QUICK[method], "progress": False, **({} if folder is None else {"resume_dir": folder})}
+    config = R2QuantConfig(method, **{"weight_bits": 3, **recipe}, options=options)
+    return quantize(model or network(), config, data or batches())
+
+
+def same(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("method", list(QUICK))
+@pytest.mark.parametrize(("first", "second"), GRIDS, ids=str)
+def test_the_notes_of_another_recipe_are_not_read(tmp_path, method, first, second):
+    packed(method, tmp_path, **first)
+    fresh = packed(method, **second)
+    assert same(packed(method, tmp_path, **second), fresh)
+    assert not same(packed(method, tmp_path, **first), fresh)
+
+
+def another(what):
+    """A model and batches that differ in one thing from those of `packed`."""
+    model, data = copy.deepcopy(network()), batches()
+    with torch.no_grad():
+        if what == "bias":
+            model[4].bias += 0.5
+        elif what == "norm":
+            model[1].running_var *= 4
+        elif what == "activation":
+            model[2] = nn.ReLU6()
+        else:
+            data[1]["input"] = data[1]["input"] * 3
+    return {"model": model, "data": data}
+
+
+@pytest.mark.parametrize("what", ["bias", "norm", "activation", "a batch in the middle"])
+@pytest.mark.parametrize("method", list(QUICK))
+def test_the_notes_of_another_model_or_other_data_are_not_read(tmp_path, method, what):
+    packed(method, tmp_path)
+    count = len(list(tmp_path.iterdir()))
+    other = another(what)
+    assert same(packed(method, tmp_path, **other), packed(method, **other))
+    assert len(list(tmp_path.iterdir())) == 2 * count
+    packed(method, tmp_path)  # its own are still there
+    assert len(list(tmp_path.iterdir())) == 2 * count
+
+
+def test_batches_are_told_apart_by_names_and_shapes_too():
+    model, x = nn.Linear(2, 2), torch.zeros(4, 2)
+    forms = [[{"x": x}], [{"y": x}], [{"x": x.view(2, 4)}], [{"x": x, "mode": "a"}], [{"x": x, "mode": "b"}]]
+    forms += [[{"x": [x, x]}], [{"x": [x, x + 1]}], [{"x": x}, {"x": x}]]
+    found = [json.dumps(fingerprint(model, form), sort_keys=True) for form in forms]
+    assert len(set(found)) == len(forms)
+    assert found[0] == json.dumps(fingerprint(copy.deepcopy(model), [{"x": x.clone()}]), sort_keys=True)
