@@ -21,6 +21,11 @@ FORMAT_VERSION = 2
 STAGES = ("recipe", "prepared", "packed")
 STORAGES = {"packed": 1, "entropy": 2}  # each with the lowest format version that can read it
 SHARED = [f.name for f in fields(FloatPasses)]
+OF_THE_RUN = (
+    "progress",
+    "resume_dir",
+    "trace_file",
+)  # options that say nothing of the model, and paths of one machine
 OVERRIDABLE = ("weight_bits", "granularity", "symmetric", "act_bits", "act_range", "options")
 
 
@@ -148,6 +153,11 @@ class R2QuantConfig(QuantizationConfigMixin):
                 merged.update(settings)
         return self._spec(merged)
 
+    def drop_run_options_(self) -> None:
+        """Drops the options that are about one run alone, in place: those of the base method and of overrides too."""
+        self.options = _lasting(self.options)
+        self.overrides = {glob: _lasting(settings) for glob, settings in self.overrides.items()}
+
     @property
     def needs_batches(self) -> str | None:
         """Why batches are needed, in words, or None where they are not."""
@@ -158,6 +168,11 @@ class R2QuantConfig(QuantizationConfigMixin):
         if any(spec.act_bits is not None and spec.act_range == "static" for spec in self._specs()):
             return "act_bits with static ranges is calibrated on them (act_range='dynamic' is not)"
         return None
+
+
+def _lasting(options: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in options.items() if name not in OF_THE_RUN}
+    return {name: _lasting(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
 
 
 def check_options(spec: LayerSpec) -> None:

@@ -40,6 +40,7 @@ def prepare_(model: nn.Module, config: R2QuantConfig, skeleton: dict[str, Any] |
     check_globs(config.skip, names, "skip")
     check_globs(config.overrides, names, "overrides")
     stored = copy.deepcopy(config)
+    stored.drop_run_options_()
     stored.stage = "prepared"
     stored.skeleton = skeleton or {}
     if config.first_last_bits is not None:

@@ -1,4 +1,4 @@
-"""`resume_dir`: notes of one run are read by the same run alone, whatever it is that differs."""
+"""`resume_dir`: notes of one run are read by the same run alone, whatever it is that differs; no trace in the checkpoint."""
 
 import copy
 import json
@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_r2 import R2QuantConfig, quantize
 from hf_r2.ptq.notes import fingerprint
+from tests.models import auto_class, float_model, inputs_for, logits
 
 QUICK = {"adaround": {"iters": 10}, "pdquant": {"iters": 4, "start_iters": 4}}
 GRIDS = [
@@ -92,3 +93,37 @@ def test_batches_are_told_apart_by_names_and_shapes_too():
     found = [json.dumps(fingerprint(model, form), sort_keys=True) for form in forms]
     assert len(set(found)) == len(forms)
     assert found[0] == json.dumps(fingerprint(copy.deepcopy(model), [{"x": x.clone()}]), sort_keys=True)
+
+
+def images():
+    return [inputs_for("resnet") for _ in range(2)]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_paths_stay_out_of_the_checkpoint(tmp_path, as_text):
+    folder = tmp_path / "notes of mine"
+    notes = str(folder) if as_text else folder
+    model = packed("adaround", notes, float_model("resnet"), images(), overrides={"classifier*": {"weight_bits": 4}})
+    model.save_pretrained(tmp_path / "saved")
+    said = (tmp_path / "saved/config.json").read_text()
+    assert "notes of mine" not in said
+    assert json.loads(said)["quantization_config"]["options"] == QUICK["adaround"]
+    again = auto_class("resnet").from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(again, "resnet"), logits(model, "resnet"))
+
+
+def test_paths_in_the_options_of_a_base_or_of_an_override_stay_out_too(tmp_path):
+    base = {"iters": 2, "progress": False, "resume_dir": tmp_path}
+    options = {
+        "base": "adaround",
+        "base_options": base,
+        "ranks": "equal",
+        "budget": 0.3,
+        "trace_file": tmp_path / "t.json",
+    }
+    config = R2QuantConfig("cora", 3, options=options, overrides={"classifier*": {"options": options}})
+    quantize(float_model("resnet"), config, images()).save_pretrained(tmp_path / "saved")
+    said = json.loads((tmp_path / "saved/config.json").read_text())["quantization_config"]
+    kept = {"base": "adaround", "base_options": {"iters": 2}, "ranks": "equal", "budget": 0.3}
+    assert said["options"] == kept and said["overrides"] == {"classifier*": {"options": kept}}
+    assert config.options == options  # the recipe that was given is as it was
