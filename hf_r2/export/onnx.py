@@ -9,13 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from hf_r2.attach import prepared_layers
 from hf_r2.encoders.activations import InputQuantizer
+from hf_r2.export.onnx_axes import check_free, free_axes, repeated
 from hf_r2.export.onnx_dress import Form, dress_
 from hf_r2.graph import example_inputs
 from hf_r2.packed_layers import packed_layers
@@ -45,7 +44,7 @@ def to_onnx(
         seams: batches to calibrate grids for the values between layers that no layer's input quantizer covers (residual
             sums). It adds 8-bit roundings that `model` does not have, and lets a residual network stay integer throughout;
             None: the file computes what `model` does.
-        dynamic: batch size, and the length of token inputs, may differ from `inputs`.
+        dynamic: batch size, and the length of token inputs, may differ from `inputs`, of which one sample is enough.
         blocks: widths at which linear layers with float inputs stay packed in memory (MatMulNBits, which has 2 and 4 bits);
             the others are unpacked once, at load, like all other layers with float inputs. 2 is left out by default:
             onnxruntime computes it slower than the float model.
@@ -57,7 +56,8 @@ def to_onnx(
     {name: {"mode", "operator", "why"}}, `float_layers` {name: why}, `seams` (values that were quantized), `notes`.
 
     Raises ImportError for a missing package, ValueError for a model that is not packed, not calibrated or cannot be traced
-    with these inputs, for seams without a batch, and for an opset that is too low or unknown.
+    with these inputs, for one that fixes an axis that `dynamic` wants free, for seams without a batch, and for an opset that
+    is too low or unknown.
     """
     check_packages()
     _check_model(model)
@@ -174,26 +174,22 @@ def exported(
 ) -> Any:
     """The graph of `model(**inputs)` as transformers' own exporter writes it, an `onnx_ir.Model`.
 
-    Raises ValueError, with the exporter's reason, where it cannot.
+    Raises ValueError, with the exporter's reason, where it cannot, and where an axis that is to be free stays fixed.
     """
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
 
-    shapes = {name: _free_axes(value) for name, value in inputs.items()} if dynamic else None
-    config = OnnxConfig(opset_version=opset, optimize=optimize, dynamic_shapes=shapes)
+    inputs = repeated(inputs) if dynamic else dict(inputs)
+    config = OnnxConfig(opset_version=opset, optimize=optimize, dynamic_shapes=free_axes(inputs) if dynamic else None)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.onnx and onnxscript warn of their own deprecated calls
-            return OnnxExporter().export(model, dict(inputs), config=config).program
+            program = OnnxExporter().export(model, inputs, config=config).program
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         sizes = {name: tuple(value.shape) for name, value in inputs.items() if isinstance(value, Tensor)}
         hint = "; dynamic=False exports these shapes alone" if dynamic else ""
         raise ValueError(f"{type(model).__name__} cannot be exported with inputs {sizes}: {reason}{hint}") from error
-
-
-def _free_axes(value: Any) -> Any:
-    """Axes that may differ from this example: the batch, and the length of token ids and of hidden states."""
-    if not isinstance(value, Tensor):  # an output of an earlier part: torch.export wants the list of what it holds
-        return [_free_axes(leaf) for leaf in tree_leaves(value)]
-    return dict.fromkeys(range(2 if value.dim() in (2, 3) else 1), torch.export.Dim.AUTO)
+    if dynamic:
+        check_free(program.graph, inputs, type(model).__name__)  # type: ignore[union-attr]
+    return program
