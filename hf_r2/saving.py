@@ -10,6 +10,18 @@ from typing import Any
 from transformers import PreTrainedModel
 
 
+def place_for(file: str | os.PathLike) -> Path:
+    """The path of a file that is going to be written, its folder made; called before the work, which may take long.
+
+    Raises ValueError where the path is a folder, OSError where its folder cannot be made.
+    """
+    file = Path(file)
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder; give the name of a file to write")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
+
+
 def save_beside(model: PreTrainedModel, save_directory: str | os.PathLike, **kwargs: Any) -> None:
     """`PreTrainedModel.save_pretrained` by way of a hidden folder next to `save_directory`.
 

@@ -26,7 +26,7 @@ def ct():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("coremltools").setLevel(logging.ERROR)
-        return pytest.importorskip("coremltools", reason="pip install 'hf_r2[coreml]'")
+        return pytest.importorskip("coremltools", reason="pip install '.[coreml]'")
 
 
 def program(ct, file):
@@ -149,5 +149,5 @@ def test_bad_input(ct, tmp_path):
 
 def test_without_the_package_the_command_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr("hf_r2.export.coreml.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"needs coremltools: pip install 'hf_r2\[coreml\]'"):
+    with pytest.raises(ImportError, match=r"needs coremltools: pip install '\.\[coreml\]' in the folder of"):
         to_coreml(quantize(float_model("resnet"), R2QuantConfig(weight_bits=4)), tmp_path / "model.mlpackage")

@@ -26,6 +26,7 @@ LEVELS = [
         "integrity",
         "hub",
         "deployed",
+        "export/onnx_quiet",
         "metrics",
         "plots",
         "dressed",

@@ -2,6 +2,7 @@
 
 import builtins
 import copy
+import logging
 from collections import Counter
 
 import pytest
@@ -21,6 +22,7 @@ from hf_r2.export import onnx as export  # noqa: E402
 from hf_r2.export.onnx import to_onnx  # noqa: E402
 from hf_r2.export.onnx_dress import dress_, room_for_bias  # noqa: E402
 from hf_r2.export.onnx_parts import to_onnx_parts  # noqa: E402
+from hf_r2.export.onnx_quiet import NOISE, without_noise  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:::copyreg", "ignore:::torch", "ignore:::onnxscript")
 
@@ -178,8 +180,12 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
     packed = quantize(model, R2QuantConfig(weight_bits=4))
     with pytest.raises(ValueError, match="opset 17 has no BitwiseAnd"):
         to_onnx(packed, tmp_path / "a.onnx", opset=17)
-    with pytest.raises(ValueError, match=r"opset 99 is none of onnx .*: take 18 to"):
-        to_onnx(packed, tmp_path / "a.onnx", opset=99)
+    with pytest.raises(
+        ValueError, match=r"opset 26 is newer than the graphs that onnxscript makes: take 18 to 2\d; 20 is"
+    ):
+        to_onnx(packed, tmp_path / "a.onnx", opset=26)
+    with pytest.raises(ValueError, match=r"is a folder; give the name of a file to write"):
+        to_onnx(packed, tmp_path)
     with pytest.raises(ValueError, match="seams holds no batch"):
         to_onnx(packed, tmp_path / "a.onnx", seams=[])
     with pytest.raises(ValueError, match=r"widths that MatMulNBits has, \(2, 4\) or none, got \(3,\)"):
@@ -187,9 +193,76 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"cannot be exported with inputs \{'pixel_values': \(2, 3, 2\)\}"):
         to_onnx(packed, tmp_path / "a.onnx", {"pixel_values": torch.zeros(2, 3, 2)})
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxruntime" else builtins.object())
-    with pytest.raises(ImportError, match=r"needs onnxruntime: pip install 'hf_r2\[onnx\]'"):
+    with pytest.raises(ImportError, match=r"needs onnxruntime: pip install '\.\[onnx\]' in the folder of"):
         to_onnx(packed, tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_opset_is_one_that_onnxruntime_runs(tmp_path, monkeypatch):
+    from hf_r2.export import onnx_report
+
+    packed = quantize(float_model("bert"), R2QuantConfig(weight_bits=4))
+    assert onnx_report.runs(export.OPSET) and not onnx_report.runs(99)
+    assert to_onnx(packed, tmp_path / "a.onnx", inputs_for("bert"), opset=18)["opset"] == 18
+    assert {i.domain: i.version for i in onnx.load(tmp_path / "a.onnx").opset_import}[""] == 18
+    monkeypatch.setattr(onnx_report, "runs", lambda opset: opset < 23)
+    with pytest.raises(
+        ValueError, match=r"opset 24 is newer than onnxruntime [\d.]+.*: take 18 to 22; 20 is what is tested"
+    ):
+        to_onnx(packed, tmp_path / "a.onnx", opset=24)
+
+
+def test_a_missing_folder_is_made_before_the_work(tmp_path, monkeypatch):
+    packed = quantize(float_model("resnet"), R2QuantConfig(weight_bits=4))
+    file, found = tmp_path / "new" / "deep" / "a.onnx", []
+    program = export._program
+    monkeypatch.setattr(export, "_program", lambda *args: found.append(file.parent.is_dir()) or program(*args))
+    to_onnx(packed, file, inputs_for("resnet"))
+    assert found == [True] and file.is_file()
+
+
+def test_a_model_without_a_place_for_seams_is_said_to_be_one(tmp_path):
+    packed = quantize(float_model("bert"), R2QuantConfig(weight_bits=4))
+    said = to_onnx(packed, tmp_path / "a.onnx", inputs_for("bert"), seams=[inputs_for("bert")])
+    assert said["seams"] == [] and said["notes"][-1].startswith(
+        "no seams were placed: no convolution of quantized inputs"
+    )
+
+
+class Heard(logging.Handler):
+    """Keeps what reaches it."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.messages = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture
+def heard():
+    handler = Heard()
+    for name in NOISE:
+        logging.getLogger(name).addHandler(handler)
+    yield handler.messages
+    for name in NOISE:
+        logging.getLogger(name).removeHandler(handler)
+
+
+def test_exports_are_quiet_but_for_what_is_new(tmp_path, capsys, heard):
+    packed = quantize(float_model("bert"), R2QuantConfig(weight_bits=4))
+    to_onnx(packed, tmp_path / "a.onnx", inputs_for("bert"))
+    assert not heard and capsys.readouterr().out == ""
+    with without_noise():
+        print("[torch.onnx] Run decompositions...\nanother thing")
+        for name, starts in NOISE.items():
+            logging.getLogger(name).warning("%s, and so on", starts[0])
+            logging.getLogger(name).warning("another warning of %s", name)
+    assert heard == [f"another warning of {name}" for name in NOISE] and capsys.readouterr().out == "another thing\n"
+    first, starts = next(iter(NOISE.items()))
+    logging.getLogger(first).warning("%s, and so on", starts[0])
+    assert heard[-1] == f"{starts[0]}, and so on"
 
 
 def test_a_kernel_that_onnxruntime_lacks_is_gone_round(tmp_path, monkeypatch):

@@ -62,6 +62,7 @@ def to_coreml(
     """
     check_package()
     _check(model, file, precision)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
     inputs = example_inputs(model) if inputs is None else dict(inputs)
     dressed, reasons = _dressed(model)
     program = _converted(_Logits(dressed, list(inputs)), inputs, precision)
@@ -83,7 +84,7 @@ def to_coreml(
 def check_package() -> None:
     """Raises ImportError with the pip command where coremltools is missing."""
     if find_spec("coremltools") is None:
-        raise ImportError("Core ML export needs coremltools: pip install 'hf_r2[coreml]'")
+        raise ImportError("Core ML export needs coremltools: pip install '.[coreml]' in the folder of hf_r2's source")
 
 
 def _check(model: nn.Module, file: str | Path, precision: str) -> None:

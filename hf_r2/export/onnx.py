@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,12 +15,17 @@ from hf_r2.attach import prepared_layers
 from hf_r2.encoders.activations import InputQuantizer
 from hf_r2.export.onnx_axes import check_free, free_axes, repeated
 from hf_r2.export.onnx_dress import Form, dress_
+from hf_r2.export.onnx_quiet import without_noise
 from hf_r2.graph import example_inputs
 from hf_r2.packed_layers import packed_layers
+from hf_r2.saving import place_for
 
-LOWEST_OPSET, OPSET = 18, 20
+LOWEST_OPSET, OPSET, NEWEST_OPSET = 18, 20, 25  # of those beyond the newest, onnxscript has no graphs
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 BLOCK_BITS, FAST_BLOCKS = (2, 4), (4,)  # widths of MatMulNBits; those that are as fast as a float weight
+NO_SEAMS = (
+    "no seams were placed: no convolution of quantized inputs, and no sum of such, has an output that is still float"
+)
 FOLD_LIMIT = 64  # constants up to so many elements are computed while exporting; weights stay packed
 
 
@@ -48,7 +52,8 @@ def to_onnx(
         blocks: widths at which linear layers with float inputs stay packed in memory (MatMulNBits, which has 2 and 4 bits);
             the others are unpacked once, at load, like all other layers with float inputs. 2 is left out by default:
             onnxruntime computes it slower than the float model.
-        opset: 18 or higher. No 4-bit types are needed: bytes that hold several codes are taken apart by shift and mask.
+        opset: 18 to 25, if onnxruntime has it. No 4-bit types are needed: bytes that hold several codes are taken apart by
+            shift and mask.
         names: other names for inputs of the graph.
         outputs: the outputs to keep, all by default (of generative models past key values, too).
 
@@ -56,8 +61,8 @@ def to_onnx(
     {name: {"mode", "operator", "why"}}, `float_layers` {name: why}, `seams` (values that were quantized), `notes`.
 
     Raises ImportError for a missing package, ValueError for a model that is not packed, not calibrated or cannot be traced
-    with these inputs, for one that fixes an axis that `dynamic` wants free, for seams without a batch, and for an opset that
-    is too low or unknown.
+    with these inputs, for one that fixes an axis that `dynamic` wants free, for seams without a batch, for an opset that is
+    too low or too new, and for a `file` that is a folder. A missing folder of `file` is made.
     """
     check_packages()
     _check_model(model)
@@ -67,6 +72,7 @@ def to_onnx(
         raise ValueError(f"blocks are widths that MatMulNBits has, {BLOCK_BITS} or none, got {blocks}")
     from hf_r2.export.onnx_report import KernelError, report_on
 
+    file = place_for(file)
     inputs = example_inputs(model) if inputs is None else dict(inputs)
     seams = None if seams is None else list(seams)
     if seams is not None and not seams:
@@ -81,6 +87,8 @@ def to_onnx(
         forms, program, quantized = _program(model, inputs, seams, dynamic, (), opset, *ends)
         report = report_on(program, forms, file)
         report["notes"].append(f"linear layers are unpacked at load: {error}")
+    if seams is not None and not quantized:
+        report["notes"].append(NO_SEAMS)
     return {"opset": opset, **report, "seams": quantized}
 
 
@@ -88,22 +96,28 @@ def check_packages() -> None:
     """Raises ImportError with the pip command where a package of the extra is missing."""
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
-        raise ImportError(f"ONNX export needs {', '.join(missing)}: pip install 'hf_r2[onnx]'")
+        raise ImportError(
+            f"ONNX export needs {', '.join(missing)}: pip install '.[onnx]' in the folder of hf_r2's source"
+        )
     if find_spec("transformers.exporters") is None:
         raise ImportError("ONNX export needs the exporters of transformers 5.23: pip install --upgrade transformers")
 
 
 def _check_opset(opset: int) -> None:
-    import onnx
+    import onnxruntime
 
-    newest = onnx.defs.onnx_opset_version()
-    if not LOWEST_OPSET <= opset <= newest:
-        why = (
-            "has no BitwiseAnd, which unpacks weights"
-            if opset < LOWEST_OPSET
-            else f"is none of onnx {onnx.__version__}"
-        )
-        raise ValueError(f"opset {opset} {why}: take {LOWEST_OPSET} to {newest}; {OPSET} is what is tested")
+    from hf_r2.export.onnx_report import runs
+
+    if opset < LOWEST_OPSET:
+        why = "has no BitwiseAnd, which unpacks weights"
+    elif opset > NEWEST_OPSET:
+        why = "is newer than the graphs that onnxscript makes"
+    elif not runs(opset):
+        why = f"is newer than onnxruntime {onnxruntime.__version__}"
+    else:
+        return
+    newest = next(known for known in range(NEWEST_OPSET, OPSET - 1, -1) if known == OPSET or runs(known))
+    raise ValueError(f"opset {opset} {why}: take {LOWEST_OPSET} to {newest}; {OPSET} is what is tested")
 
 
 def _check_model(model: nn.Module) -> None:
@@ -182,8 +196,7 @@ def exported(
     inputs = repeated(inputs) if dynamic else dict(inputs)
     config = OnnxConfig(opset_version=opset, optimize=optimize, dynamic_shapes=free_axes(inputs) if dynamic else None)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.onnx and onnxscript warn of their own deprecated calls
+        with without_noise():
             program = OnnxExporter().export(model, inputs, config=config).program
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

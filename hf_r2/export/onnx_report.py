@@ -19,6 +19,7 @@ from hf_r2.export.onnx_dress import Form, digest
 INTEGER = (
     "QLinearConv", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "ConvInteger"
 )  # fmt: skip
+IR_VERSION = 10  # what torch.onnx writes
 
 
 class KernelError(ValueError):
@@ -61,6 +62,18 @@ def optimized(model: bytes) -> onnx.GraphProto:
         except Exception as error:  # its exceptions share no base class of their own
             raise KernelError(f"onnxruntime {onnxruntime.__version__} refuses the graph: {error}") from error
         return onnx.load(options.optimized_model_filepath).graph
+
+
+def runs(opset: int) -> bool:
+    """Whether onnxruntime takes graphs of this opset: tried on one that copies its input."""
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "copy", ends[:1], ends[1:])
+    imports = [onnx.helper.make_opsetid("", opset)]
+    try:
+        optimized(onnx.helper.make_model(graph, opset_imports=imports, ir_version=IR_VERSION).SerializeToString())
+    except KernelError:
+        return False
+    return True
 
 
 def _operators_by_codes(graph: onnx.GraphProto) -> dict[str, str]:
