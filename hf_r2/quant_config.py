@@ -78,7 +78,7 @@ class R2QuantConfig(QuantizationConfigMixin):
         if version > FORMAT_VERSION:
             raise ValueError(
                 f"this checkpoint has hf_r2 format version {version}, and this hf_r2 reads up to {FORMAT_VERSION}: "
-                "pip install --upgrade hf_r2"
+                "fetch its newer source and run pip install . there"
             )
         if unknown:
             known = [p for p in inspect.signature(R2QuantConfig).parameters if p != "unknown"]
@@ -97,14 +97,18 @@ class R2QuantConfig(QuantizationConfigMixin):
         self.stage, self.storage = stage, storage
         self._check()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses an unknown `storage`, which may be set until the model is saved; ValueError names those there are."""
+        if name == "storage" and value not in tuple(STORAGES):
+            raise ValueError(f"storage must be one of {', '.join(STORAGES)}; got {value!r}")
+        super().__setattr__(name, value)
+
     def _check(self) -> None:
         if self.stage not in STAGES:
             raise ValueError(f"stage must be one of {', '.join(STAGES)}; got {self.stage!r}")
         if self.method not in PTQ_METHODS and self.method not in ENCODERS:
             known = ", ".join([*PTQ_METHODS, *ENCODERS])
             raise ValueError(f"no method called {self.method!r}; there are: {known}")
-        if self.storage not in STORAGES:
-            raise ValueError(f"storage must be one of {', '.join(STORAGES)}; got {self.storage!r}")
         for glob, settings in self.overrides.items():
             unknown = set(settings) - set(OVERRIDABLE)
             if unknown:

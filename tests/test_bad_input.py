@@ -1,5 +1,6 @@
 """What a user can get wrong: each mistake is named at the earliest moment; and plain modules on the same road."""
 
+import json
 import math
 
 import pytest
@@ -103,6 +104,15 @@ def test_nothing_to_quantize():
         quantize(nn.LayerNorm(3), R2QuantConfig())
     with pytest.raises(ValueError, match="the model has 1 float weight layers, and none is selected"):
         quantize(nn.Sequential(nn.Linear(2, 2)), R2QuantConfig(skip=["*"]))
+
+
+def test_a_storage_that_is_set_before_saving(tmp_path):
+    packed = quantize(float_model("bert"), R2QuantConfig())
+    with pytest.raises(ValueError, match="storage must be one of packed, entropy; got 'zstd'"):
+        packed.config.quantization_config.storage = "zstd"
+    packed.config.quantization_config.storage = "entropy"
+    packed.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["storage"] == "entropy"
 
 
 def test_wrong_order():
