@@ -12,7 +12,13 @@ from hf_r2.training_args import R2Arguments
 
 
 def refuse_split_weights(trainer: Any, options: R2Arguments) -> None:
-    """Raises ValueError, saying what to do instead, for ways to split weights under which the range loss would be wrong."""
+    """Raises ValueError, saying what to do instead, for ways to split weights under which training would be wrong.
+
+    Without a range loss only prepared models are refused: all else is then plain training.
+    """
+    prepared = any("weight_encoder" in module._modules for module in trainer.model.modules())
+    if not (prepared or options.has_range_loss):
+        return
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     if plugin is not None and plugin.zero_stage == 3:
         raise ValueError(
@@ -23,7 +29,7 @@ def refuse_split_weights(trainer: Any, options: R2Arguments) -> None:
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise ValueError("R2Trainer cannot see whole weights under FSDP1; set version 2 in fsdp_config, or use DDP")
-    if any("weight_encoder" in module._modules for module in trainer.model.modules()):
+    if prepared:
         raise ValueError("R2Trainer trains prepared (quantized) models under DDP, not under FSDP: set no fsdp")
     refused = {
         "range_dim > 1": options.range_dim > 1,

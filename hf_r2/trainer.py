@@ -22,7 +22,7 @@ from hf_r2.losses import RangeLoss
 from hf_r2.optimizer_groups import is_quantizer_parameter, make_room, split_quantizers_
 from hf_r2.scalar_optimizer import ScalarOptimizer
 from hf_r2.split_weights import refuse_split_weights, split_
-from hf_r2.training_args import NO_LOSS, R2Arguments
+from hf_r2.training_args import R2Arguments
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +43,9 @@ class R2TrainerMixin(AnyTrainer):
     accumulation. `range_loss` is the `RangeLoss` (None without one).
 
     Under FSDP2 the loss is that of the whole weights, and the learnable scalars, the same in all processes, have an
-    optimizer of their own. Raises ValueError at construction under DeepSpeed ZeRO-3 and FSDP1, which hide the weights,
-    for what the loss does not take under FSDP2, and for arguments that are not allowed.
+    optimizer of their own. Raises ValueError at construction under DeepSpeed ZeRO-3 and FSDP1, which hide the weights from
+    it, for what it does not take under FSDP2 (plain training, with range_loss="none", takes all), and for arguments that
+    are not allowed.
     """
 
     range_loss: RangeLoss | None = None
@@ -52,7 +53,6 @@ class R2TrainerMixin(AnyTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        refuse_split_weights(self, self.args if isinstance(self.args, R2Arguments) else R2Arguments())
         model = self._bare_model()
         by_smoother = self.label_smoother is not None  # it divides by num_items_in_batch itself
         if self.model_accepts_loss_kwargs and not by_smoother and not consumes_num_items(model):
@@ -71,10 +71,11 @@ class R2TrainerMixin(AnyTrainer):
         """Makes `range_loss` anew, on the weights of `model`, as `args` say now."""
         options = self.args if isinstance(self.args, R2Arguments) else R2Arguments()
         options.check_range_arguments()  # a hyperparameter search sets them after construction
+        refuse_split_weights(self, options)
         self.range_weight, self.range_lr, self.range_loss = options.range_weight, options.range_lr, None
         self.quantizer_lr, self.range_every = options.quantizer_lr, options.range_every
         self.range_compile = options.range_compile
-        if options.range_loss != NO_LOSS and options.range_weight > 0:
+        if options.has_range_loss:
             self.range_loss = RangeLoss(
                 model,
                 options.range_loss,

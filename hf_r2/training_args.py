@@ -80,6 +80,11 @@ class R2Arguments:
         default_factory=list, metadata={"help": "Globs of layer names that the range loss leaves out."}
     )
 
+    @property
+    def has_range_loss(self) -> bool:
+        """Whether there is anything to add to the task loss."""
+        return self.range_loss != NO_LOSS and self.range_weight > 0
+
     def check_range_arguments(self) -> None:
         """Raises ValueError for a strength or learning rate that makes no sense, or an unknown choice."""
         if not (
@@ -92,6 +97,9 @@ class R2Arguments:
             raise ValueError(f"quantizer_lr must be a number >= 0, got {self.quantizer_lr}")
         if not isinstance(self.range_every, int) or isinstance(self.range_every, bool) or self.range_every < 1:
             raise ValueError(f"range_every must be an integer of at least 1, got {self.range_every!r}")
+        for name in ("range_compile", "range_trainable"):
+            if not (getattr(self, name) is None or isinstance(getattr(self, name), bool)):
+                raise ValueError(f"{name} must be true, false or None, got {getattr(self, name)!r}")
         if self.range_loss not in (*RANGE_LOSSES, NO_LOSS):
             raise ValueError(
                 f"no range loss called {self.range_loss!r}; there are: {', '.join([*RANGE_LOSSES, NO_LOSS])}"

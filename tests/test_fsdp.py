@@ -62,6 +62,10 @@ class Plugin:
         ({"torch_compile": True}, "does not take torch_compile under FSDP2"),
         ({"prepared": True}, "prepared \\(quantized\\) models under DDP"),
         ({}, None),
+        ({"fsdp_version": 1, "range_loss": "none"}, None),  # plain training
+        ({"fsdp_version": 1, "range_weight": 0.0}, None),
+        ({"torch_compile": True, "fp16": True, "range_loss": "none"}, None),
+        ({"prepared": True, "range_loss": "none"}, "prepared \\(quantized\\) models under DDP"),
     ],
 )
 def test_what_fsdp_cannot_do_is_refused(tmp_path, options, message):

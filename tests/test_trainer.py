@@ -324,6 +324,13 @@ def test_model_without_weights_is_refused(tmp_path):
         R2Trainer(model=torch.nn.LayerNorm(4), args=arguments(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["range_compile", "range_trainable"])
+def test_switches_are_true_false_or_none(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} must be true, false or None, got 'yes'"):
+        arguments(tmp_path, **{name: "yes"})
+    assert getattr(arguments(tmp_path, **{name: False}), name) is False
+
+
 def test_split_weights_are_refused():
     from hf_r2.split_weights import refuse_split_weights
 
@@ -332,6 +339,7 @@ def test_split_weights_are_refused():
 
     class Fake:
         is_fsdp_enabled = False
+        model = torch.nn.Linear(2, 2)
 
         class accelerator:
             class state:
@@ -339,3 +347,4 @@ def test_split_weights_are_refused():
 
     with pytest.raises(ValueError, match="ZeRO-3"):
         refuse_split_weights(Fake, R2TrainingArguments())
+    refuse_split_weights(Fake, R2TrainingArguments(range_loss="none"))  # plain training needs no whole weights
