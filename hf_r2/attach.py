@@ -128,6 +128,12 @@ def prepared_layers(model: nn.Module) -> list[WeightLayer]:
     return [layer for layer in weight_layers(model, tied=True) if is_prepared(layer.module)]
 
 
+def refuse_prepared(model: nn.Module) -> None:
+    """Raises ValueError for a prepared model, where a packed one is wanted: it may be half trained."""
+    if prepared_layers(model):
+        raise ValueError("the model is prepared, and may be half trained: call hf_r2.convert(model) when it is done")
+
+
 def encoder_of(layer: WeightLayer) -> nn.Module:
     """The weight encoder in front of a prepared layer."""
     return layer.module.__dict__[ENCODER]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_r2.attach import refuse_prepared
 from hf_r2.encoders.activations import InputQuantizer
 from hf_r2.encoders.base import Encoded
 from hf_r2.packed_layers import KERNEL, adapter_of, encoded, packed_layers
@@ -122,8 +123,13 @@ def use_kernels_(model: nn.Module, rows: int = 128) -> None:
     `rows` is how many inputs (samples times tokens) a layer is timed with against its decoded weight, for which a layer of each
     shape is run. What a layer is on, and why not, `kernels_of` says. Weights on a kernel are not kept decoded.
 
-    Raises ValueError for a model that is not packed, and where no layer is faster: then nothing is changed.
+    Call the model inside `torch.no_grad()`: kernels have no gradient, and where one may be wanted (grad mode on, and something
+    trainable before the layer, as layer norms are) the weight is decoded in every call, which is slower than before. In eval
+    mode the log warns of it once.
+
+    Raises ValueError for a model that is prepared or not packed, and where no layer is faster: then nothing is changed.
     """
+    refuse_prepared(model)
     layers = packed_layers(model)
     if not layers:
         raise ValueError("use_kernels_ needs a packed model: call quantize(model, config) first")

@@ -7,10 +7,12 @@ float *parameter* would come back trainable from `from_pretrained`). Below `weig
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from hf_r2.lowrank import FLOAT_BITS, SIDES, check_adapter_bits, sides
 from hf_r2.packing import pack_bits, packed_bytes, unpack_bits
 from hf_r2.vectors import CONVENTION
 
+logger = logging.getLogger(__name__)
 STATE = ("weight_packed", "weight_scale", "weight_zero_point", "weight_centroids", "weight_rest")
 KERNEL = "weight_kernel"  # the child that computes a layer's output from its codes, see `hf_r2.kernels`
 _unpack_at_load: ContextVar[bool] = ContextVar("unpack_at_load", default=True)
@@ -91,7 +94,11 @@ class PackedWeight(QuantizedInput):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward on the quantized input, or that of its kernel where no gradient of the input is wanted."""
         kernel = self.__dict__["_modules"].get(KERNEL)
-        if kernel is None or x.numel() == 0 or (torch.is_grad_enabled() and x.requires_grad):
+        if kernel is None or x.numel() == 0:
+            return super().forward(x, *args, **kwargs)
+        if torch.is_grad_enabled() and x.requires_grad:
+            if not self.training and not torch.compiler.is_compiling():  # type: ignore[attr-defined]
+                _warn_of_gradients()
             return super().forward(x, *args, **kwargs)
         return kernel(x, self.bias)  # type: ignore[attr-defined]
 
@@ -116,6 +123,13 @@ class PackedWeight(QuantizedInput):
         probe = torch.empty(0, dtype=self.__dict__["weight_dtype"], device=self.weight_packed.device)  # type: ignore[attr-defined]
         self.__dict__["weight_dtype"] = fn(probe).dtype
         return self
+
+
+@cache
+def _warn_of_gradients() -> None:
+    logger.warning(
+        "layers on a kernel decode their weight in every call while gradients are on: call the model inside torch.no_grad()"
+    )
 
 
 def is_packed(module: nn.Module) -> bool:

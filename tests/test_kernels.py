@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_r2 import R2QuantConfig, kernels, kernels_of, quantize, use_kernels_
+from hf_r2 import R2QuantConfig, kernels, kernels_of, prepare, quantize, use_kernels_
+from hf_r2 import packed_layers as packed_layers_module
 from hf_r2.encoders.activations import InputQuantizer
 from hf_r2.packed_layers import packed_layers
 from tests.models import MODELS, float_model, logits
@@ -99,6 +100,22 @@ def test_gradients_take_the_decoded_weight(fast):
     torch.testing.assert_close(x.grad[0, 0], packed[0].weight.sum(0))
 
 
+def test_a_weight_that_gradients_have_decoded_in_every_call_is_warned_of_once(fast, caplog):
+    packed_layers_module._warn_of_gradients.cache_clear()
+    packed, x, _ = layer(weight_bits=4)
+    use_kernels_(packed)
+    normed = nn.Sequential(nn.LayerNorm(64), packed)
+    normed.train()(x)  # here gradients are wanted
+    normed.eval()
+    with torch.no_grad():
+        normed(x)
+    packed(x)  # nothing trainable before it: the kernel serves
+    assert not caplog.messages
+    for _ in range(3):
+        normed(x)
+    assert len(caplog.messages) == 1 and "call the model inside torch.no_grad()" in caplog.messages[0]
+
+
 def test_what_would_be_slower_is_refused(monkeypatch):
     monkeypatch.setattr(kernels, "_share", lambda *_: 1.7)
     packed, x, expected = layer(weight_bits=4)
@@ -122,6 +139,8 @@ def test_what_has_no_kernel(recipe, why, fast):
         use_kernels_(layer(**recipe)[0])
     with pytest.raises(ValueError, match="needs a packed model"):
         use_kernels_(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"half trained: call hf_r2.convert\(model\)"):
+        use_kernels_(prepare(nn.Sequential(nn.Linear(2, 2)), R2QuantConfig(method="lsq")))
 
 
 def test_shapes_that_the_4_bit_kernel_does_not_take(fast):

@@ -1,5 +1,6 @@
 """Checkpoints that load without hf_r2: the same weights, and a report of what they do not hold."""
 
+import copy
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_r2 import R2QuantConfig, quantize
+from hf_r2 import R2QuantConfig, prepare, quantize
 from hf_r2.export.plain import to_float, to_native
 from tests.models import MODELS, float_model, inputs_for, logits
 
@@ -123,6 +124,11 @@ def test_models_without_a_layer_that_fits(tmp_path):
         ValueError, match="needs a packed transformers model, got a BertForSequenceClassification with 0"
     ):
         to_float(float_model("bert"), tmp_path)
+    half = prepare(copy.deepcopy(float_model("bert")), R2QuantConfig(method="lsq"))
+    for write in (to_float, to_native):
+        with pytest.raises(ValueError, match=r"half trained: call hf_r2.convert\(model\)"):
+            write(half, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_script_writes_both_and_says_what_is_in_them(tmp_path):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_r2.attach import prepared_layers
+from hf_r2.attach import refuse_prepared
 from hf_r2.encoders.base import Encoded
 from hf_r2.graph import example_inputs
 from hf_r2.packed_layers import adapter_of, dequantize_layer_, encoded, packed_layers
@@ -94,8 +94,7 @@ def _check(model: nn.Module, file: str | Path, precision: str) -> None:
         raise ValueError(f"an ML program is a folder that ends in .mlpackage, got {str(file)!r}")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"to_coreml takes a transformers model, got a {type(model).__name__}")
-    if prepared_layers(model):
-        raise ValueError("the model is prepared, and may be half trained: call hf_r2.convert(model) when it is done")
+    refuse_prepared(model)
     if not packed_layers(model):
         raise ValueError("to_coreml needs a packed model: call hf_r2.quantize(model, config) first")
 

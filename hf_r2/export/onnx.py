@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_r2.attach import prepared_layers
+from hf_r2.attach import refuse_prepared
 from hf_r2.encoders.activations import InputQuantizer
 from hf_r2.export.onnx_axes import check_free, free_axes, repeated
 from hf_r2.export.onnx_dress import Form, dress_
@@ -123,8 +123,7 @@ def _check_opset(opset: int) -> None:
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"to_onnx takes a transformers model, got a {type(model).__name__}")
-    if prepared_layers(model):
-        raise ValueError("the model is prepared, and may be half trained: call hf_r2.convert(model) when it is done")
+    refuse_prepared(model)
     if not packed_layers(model):
         raise ValueError(
             "to_onnx needs a packed model: call hf_r2.quantize(model, config) first (transformers.exporters.OnnxExporter "

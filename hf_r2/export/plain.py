@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import quantization_config as formats
 
+from hf_r2.attach import refuse_prepared
 from hf_r2.encoders.base import Encoded
 from hf_r2.packed_layers import adapter_of, encoded, packed_layers
 from hf_r2.packing import pack_bits
@@ -83,11 +84,12 @@ def to_native(model: PreTrainedModel, folder: str | Path) -> dict[str, Any]:
 
 
 def _packed(model: nn.Module) -> dict[str, nn.Module]:
+    refuse_prepared(model)
     layers = packed_layers(model)
     if not layers or not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"export needs a packed transformers model, got a {type(model).__name__} with {len(layers)} packed layers: call "
-            "hf_r2.quantize(model, config), or hf_r2.convert(model) on a prepared one"
+            "hf_r2.quantize(model, config) first"
         )
     return layers
 
