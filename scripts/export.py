@@ -34,6 +34,7 @@ from hf_r2.report import report
 from images import Pictures
 
 ONNX = ("onnx", "onnx-parts")
+UNREAD = "--seam_file was not read: no seams were placed, they lie between the convolutions of an image model (--format onnx)"
 FOLDERS: dict[str, Callable[..., dict[str, Any]]] = {
     "float": to_float,
     "native": to_native,
@@ -50,7 +51,7 @@ class ExportArguments:
     precision: str = field(
         default="float32", metadata={"help": "What a Core ML program computes in.", "choices": list(coreml.PRECISIONS)}
     )
-    opset: int = field(default=OPSET, metadata={"help": "ONNX operator set, 18 or higher."})
+    opset: int = field(default=OPSET, metadata={"help": "ONNX operator set, 18 to 25."})
     dynamic: bool = field(default=False, metadata={"help": "Leave batch size and text length open."})
     batch_size: int = field(default=1, metadata={"help": "Samples in a batch, where it is not left open."})
     length: int = field(default=128, metadata={"help": "Tokens of a text, where they are not left open."})
@@ -86,10 +87,21 @@ def write(model: PreTrainedModel, args: ExportArguments) -> dict[str, Any]:
     if args.format == "onnx-parts":
         return together(to_onnx_parts(model, args.output, example(model, args), opset=args.opset))
     seams = None
-    if args.seam_file is not None:
+    if takes_seams(model, args):
         data = load_dataset("parquet", data_files=args.seam_file, split=f"train[:{args.seam_samples}]")
         seams = Pictures(data, args.image_size, args.model_name_or_path, "seams").batches(args.batch_size)
     return to_onnx(model, args.output, example(model, args), seams=seams, dynamic=args.dynamic, opset=args.opset)
+
+
+def takes_seams(model: PreTrainedModel, args: ExportArguments) -> bool:
+    """Whether there is a seam file that can serve."""
+    return args.seam_file is not None and args.format == "onnx" and model.main_input_name == "pixel_values"
+
+
+def smaller(size: int, float16: int) -> str:
+    """How a size compares with that of the float16 model, in words."""
+    ratio = float16 / size
+    return f"{ratio:.2f} times smaller than float16" if ratio >= 1 else f"{1 / ratio:.2f} times the size of float16"
 
 
 def together(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -106,15 +118,20 @@ def together(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     """Load, export, say what runs on integers and what does not."""
     (args,) = HfArgumentParser(ExportArguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
-    if args.format in (*ONNX, "coreml"):
-        (check_packages if args.format in ONNX else coreml.check_package)()
-    common.go_offline_if_hub_is_unreachable()
-    model, output = load(args.model_name_or_path), Path(args.output)
-    said = write(model, args)
+    try:
+        if args.format in (*ONNX, "coreml"):
+            (check_packages if args.format in ONNX else coreml.check_package)()
+        common.go_offline_if_hub_is_unreachable()
+        model, output = load(args.model_name_or_path), Path(args.output)
+        said = write(model, args)
+    except (ImportError, ValueError) as error:  # which say in a line what to do
+        raise SystemExit(str(error)) from error
+    if args.seam_file is not None and not takes_seams(model, args):
+        said["notes"].append(UNREAD)
     common.write_json(output.with_name(output.name + ".json"), {**common.provenance(vars(args), 0), **said})
-    whole, smaller = len(said["layers"]), report(model)["float16_bytes"] / said["size_bytes"]
+    whole, size = len(said["layers"]), said["size_bytes"]
     print(
-        f"{output}: {said['size_bytes'] / 1e6:.2f} MB, {smaller:.2f} times smaller than float16; "
+        f"{output}: {size / 1e6:.2f} MB, {smaller(size, report(model)['float16_bytes'])}; "
         f"{whole - len(said['float_layers'])} of {whole} layers on packed or integer weights"
     )
     reasons: dict[str, list[str]] = {}
