@@ -68,7 +68,8 @@ def need_timm(name: str) -> None:
     """Ends with one line where the packages of timm's models are missing."""
     missing = [package for package in ("timm", "torchvision") if find_spec(package) is None]
     if missing:
-        raise SystemExit(f"{name} comes from timm, and {', '.join(missing)} is missing: pip install '.[timm]' in the folder of the source")
+        lacks = f"{name} comes from timm, and {', '.join(missing)} is missing"
+        raise SystemExit(f"{lacks}: pip install '.[timm]' in the folder of the source")
 
 
 def load(name: str, labels: list[str] | None = None) -> PreTrainedModel:
