@@ -101,7 +101,8 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor
     whole = zero_point.floor()
     fraction = zero_point - whole
     # what the fractions are is only asked where nothing has to wait for the answer: eager, on the CPU
-    eager = x.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    eager = x.device.type == "cpu" and not traced
     if eager and x.dtype == divisor.dtype == torch.float32 and x.dim() > 0 and not fraction.any():
         return _codes_by_addition(x, divisor, whole, grid)
     numbers = (x / divisor).add_(fraction).round_().add_(whole).clamp_(grid.qmin, grid.qmax)
