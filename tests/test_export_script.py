@@ -1,5 +1,6 @@
 """scripts/export.py: what it leaves open, what it says, and one line where something is wrong."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -25,26 +26,36 @@ def folder(tmp_path_factory):
     return place
 
 
-def run(folder, output, *more, start=()):
-    """The script's result in a process of its own, after what `start` says."""
+def run(folder, output, *more):
+    """The script's result in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "scripts"), environment.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     line = ["--model_name_or_path", str(folder), "--output", str(output), "--length", "7", *more]
-    code = "\n".join(
-        ["import sys, importlib.util as u", *start, f"sys.argv[1:] = {line!r}", "import export", "export.main()"]
-    )
-    environment["PYTHONPATH"] = paths
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "scripts/export.py", *line]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
     ("form", "package", "extra"), [("onnx", "onnxruntime", "onnx"), ("coreml", "coremltools", "coreml")]
 )
-def test_a_missing_package_is_one_line(folder, tmp_path, form, package, extra):
-    hide = [f"find = u.find_spec; u.find_spec = lambda name, *a: None if name == {package!r} else find(name, *a)"]
-    done = run(folder, tmp_path / "a.mlpackage", "--format", form, start=hide)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert package in done.stderr and f"pip install '.[{extra}]'" in done.stderr
+def test_a_missing_package_is_one_line(folder, tmp_path, monkeypatch, form, package, extra):
+    find = importlib.util.find_spec
+    exporter = importlib.import_module(f"hf_r2.export.{form}")
+    monkeypatch.setattr(exporter, "find_spec", lambda name: None if name == package else find(name))
+    words = [
+        "export.py",
+        "--model_name_or_path",
+        str(folder),
+        "--output",
+        str(tmp_path / "a.mlpackage"),
+        "--format",
+        form,
+    ]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    message = str(ended.value)
+    assert "\n" not in message and package in message and f"pip install '.[{extra}]'" in message
 
 
 def test_open_axes_from_one_sample_a_folder_that_was_missing_and_a_seam_file_of_no_use(folder, tmp_path):
