@@ -25,9 +25,17 @@ def reload(name, folder):
     return model
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
-@pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("name", ARCHITECTURES)
+# All but the exact clustering of MobileNets' layers to 256 centroids, ten seconds each: the other models have that width, too.
+CASES = [
+    (name, bits, kind)
+    for name in ARCHITECTURES
+    for bits in range(1, 9)
+    for kind in sorted(KINDS)
+    if (bits, kind) != (8, "palette") or not name.startswith("mobilenet")
+]
+
+
+@pytest.mark.parametrize(("name", "bits", "kind"), CASES)
 def test_saved_and_loaded_again_is_the_same(name, bits, kind, tmp_path):
     packed = quantize(float_model(name), R2QuantConfig(weight_bits=bits, **KINDS[kind]))
     expected = logits(packed, name)
