@@ -67,9 +67,7 @@ def to_onnx(
     check_packages()
     _check_model(model)
     _check_opset(opset)
-    blocks = tuple(blocks)
-    if not set(blocks) <= set(BLOCK_BITS):
-        raise ValueError(f"blocks are widths that MatMulNBits has, {BLOCK_BITS} or none, got {blocks}")
+    blocks = _checked_blocks(blocks)
     from hf_r2.export.onnx_report import KernelError, report_on
 
     file = place_for(file)
@@ -90,6 +88,13 @@ def to_onnx(
     if seams is not None and not quantized:
         report["notes"].append(NO_SEAMS)
     return {"opset": opset, **report, "seams": quantized}
+
+
+def _checked_blocks(blocks: Iterable[int]) -> tuple[int, ...]:
+    blocks = tuple(blocks)
+    if not set(blocks) <= set(BLOCK_BITS):
+        raise ValueError(f"blocks are widths that MatMulNBits has, {BLOCK_BITS} or none, got {blocks}")
+    return blocks
 
 
 def check_packages() -> None:
