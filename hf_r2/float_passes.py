@@ -13,7 +13,7 @@ from hf_r2.graph import example_inputs, read_graph
 from hf_r2.graph.chains import Pair, batch_norm_folds, chains
 from hf_r2.graph.equalize import RELU6, ClippedReLU, clipped_relu, equalize_, unclip_
 from hf_r2.graph.fold import build_folded_, fold_, unfold_
-from hf_r2.layers import BATCH_NORMS
+from hf_r2.layers import BATCH_NORMS, dead_channels
 from hf_r2.names import relative_name
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,10 @@ def apply_passes_(model: nn.Module, passes: FloatPasses, batch: Mapping[str, Any
         logger.warning("batch norms are not folded: %s", error)
         return {}
     folds, pairs = batch_norm_folds(graph, model), chains(graph, model)
+    dead = sum(int(dead_channels(model.get_submodule(norm)).sum()) for norm in folds.values())
     fold_(model, folds)
-    record: dict[str, Any] = {"folded": _relative(model, folds), "notes": [f"{len(folds)} batch norms folded"]}
+    notes = [f"{len(folds)} batch norms folded", *([f"{dead} dead channels left out"] if dead else [])]
+    record: dict[str, Any] = {"folded": _relative(model, folds), "notes": notes}
     if passes.equalize:
         _equalize_(model, pairs, passes, record)
     return record

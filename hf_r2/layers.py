@@ -12,6 +12,7 @@ from torch import Tensor, nn
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+DEAD = 1e-6  # the share of eps below which the variance of a channel is that of one that never changes
 
 
 @dataclass(frozen=True)
@@ -130,14 +131,32 @@ def following_batch_norms(model: nn.Module) -> dict[str, nn.Module]:
     return pairs
 
 
+def dead_channels(batch_norm: nn.Module) -> Tensor:
+    """[C] of bool: the channels that never change, whose running variance is below a millionth of eps.
+
+    What they pass on differs from beta by at most a thousandth of gamma (standard deviation); their factor,
+    gamma / sqrt(eps), is larger than that of all others, and would set the range of a whole tensor for nothing
+    (arXiv:1803.08607, section 3). MobileNetV1-0.75 has 42 of them.
+    """
+    return batch_norm.running_var < DEAD * batch_norm.eps  # type: ignore[operator]
+
+
+def batch_norm_gain(batch_norm: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[C]: gamma / sqrt(running_var + eps), what a batch norm multiplies with in eval mode; 0 for `dead_channels`.
+
+    Differentiable in gamma; the running variance is a constant.
+    """
+    gain = torch.rsqrt(batch_norm.running_var.to(dtype) + batch_norm.eps)  # type: ignore[operator,union-attr]
+    if batch_norm.weight is not None:
+        gain = gain * batch_norm.weight.to(dtype)  # type: ignore[operator,union-attr]
+    return gain.masked_fill(dead_channels(batch_norm), 0)
+
+
 def folded_weight(weight: Tensor, batch_norm: nn.Module) -> Tensor:
     """The weight that is deployed: `weight * gamma / sqrt(running_var + eps)` per output channel (axis 0).
 
     Differentiable in `weight` and in gamma; the running variance is a constant. Half precision is computed in float32.
+    Of dead channels (`dead_channels`) nothing is deployed but their bias: there it is 0.
     """
-    gain = torch.rsqrt(batch_norm.running_var.float() + batch_norm.eps)  # type: ignore[union-attr,operator]
-    if weight.dtype == torch.float64:
-        gain = torch.rsqrt(batch_norm.running_var.double() + batch_norm.eps)  # type: ignore[union-attr,operator]
-    if batch_norm.weight is not None:
-        gain = gain * batch_norm.weight.to(gain.dtype)  # type: ignore[union-attr]
+    gain = batch_norm_gain(batch_norm, torch.float64 if weight.dtype == torch.float64 else torch.float32)
     return weight.to(gain.dtype) * gain.view(-1, *[1] * (weight.dim() - 1))

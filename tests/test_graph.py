@@ -199,6 +199,24 @@ def test_statistics_of_a_folded_batch_norm_are_those_of_its_output():
     torch.testing.assert_close(known.std, y.std(1), rtol=1e-3, atol=1e-4)
 
 
+def test_a_dead_channel_is_folded_into_its_bias_and_no_longer_sets_the_range():
+    torch.manual_seed(0)
+    model = Plain().eval()
+    with torch.no_grad():
+        model.conv.weight[3] = 0.5 * model.conv.weight[3].sign()
+        model.norm.running_var.fill_(1.0)[3] = 1e-20  # its input is always zero, ...
+        model.norm.bias.normal_()
+        x = torch.randn(8, 3, 8, 8)
+        others = [i for i in range(model.norm.num_features) if i != 3]
+        true = model.norm(model.conv(x))
+        fold_(model, {"conv": "norm"})
+        y = model.conv(x)
+    torch.testing.assert_close(y[:, others], true[:, others], rtol=1e-5, atol=1e-6)
+    assert bool((y[:, 3] == model.conv.bias[3]).all())
+    assert model.conv.weight.abs().max() < 1  # ... and 0.5 / sqrt(eps) is 158
+    assert model.conv.bias[3] == statistics_of(model.conv).mean[3] and statistics_of(model.conv).std[3] < 1e-6
+
+
 def test_a_skeleton_gets_the_shape_of_the_folded_model():
     folded, skeleton = Plain().eval(), Plain().eval()
     fold_(folded, {"conv": "norm"})

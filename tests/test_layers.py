@@ -11,6 +11,7 @@ from hf_r2.layers import (
     WeightLayer,
     channel_axis,
     check_globs,
+    dead_channels,
     folded_weight,
     following_batch_norms,
     is_weight_layer,
@@ -178,6 +179,19 @@ def test_the_folded_weight_is_differentiable_in_weight_and_gamma_and_wide():
     assert torch.autograd.gradcheck(folded, (conv.weight, norm.weight))
     half = nn.Conv2d(2, 3, 1).bfloat16()
     assert folded_weight(half.weight, nn.BatchNorm2d(3)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("variance, dead", [(0.0, True), (0.9e-9, True), (1.1e-9, False), (1.0, False)])
+def test_nothing_is_deployed_of_a_channel_that_never_changes(variance, dead):
+    conv, norm = nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2, eps=1e-3).eval()  # dead: below a millionth of eps
+    norm.running_var[1] = variance
+    folded = folded_weight(conv.weight, norm)
+    folded.sum().backward()
+    assert bool((folded[1] == 0).all()) is dead and bool(norm.weight.grad[1] == 0) is dead
+    assert dead_channels(norm).tolist() == [False, dead]
+    torch.testing.assert_close(folded[0], conv.weight[0] / 1.001**0.5)
+    if not dead:
+        torch.testing.assert_close(folded[1], conv.weight[1] / (variance + 1e-3) ** 0.5)
 
 
 class _Folded(nn.Module):

@@ -113,7 +113,8 @@ def test_dead_channels_and_unusual_convolutions(method):
     model.eval()
     with torch.no_grad():
         model[0].weight[1] = 0
-        model[1].running_var[2] = 0
+        model[0].weight[2] = 0  # constant, and the batch norm behind it has seen that
+        model[1].running_mean[2], model[1].running_var[2] = model[0].bias[2], 0
         model[5].weight[3] = 0
         true = model(x)
         for granularity in ("per_channel", "per_tensor"):

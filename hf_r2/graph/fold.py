@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from hf_r2.layers import channel_axis
+from hf_r2.layers import batch_norm_gain, channel_axis
 
 
 class FoldedNorm(nn.Identity):
@@ -32,7 +32,8 @@ def fold_(model: nn.Module, folds: Mapping[str, str]) -> None:
     """Folds each batch norm of `folds` {convolution: batch norm} into its convolution, in place.
 
     w' = w gamma / sqrt(var + eps), b' = beta + (b - mean) gamma / sqrt(var + eps), for each output channel: in eval mode
-    the model computes the same. Gradients flow to the new weight, not to gamma.
+    the model computes the same. Channels that never change (`hf_r2.layers.dead_channels`) get w' = 0 and b' = beta.
+    Gradients flow to the new weight, not to gamma.
     """
     for conv_name, norm_name in folds.items():
         conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
@@ -42,7 +43,7 @@ def fold_(model: nn.Module, folds: Mapping[str, str]) -> None:
         var = norm.running_var.double()  # type: ignore[union-attr,operator]
         folded.mean = beta.float().clone()
         folded.std = (gamma.double().abs() * (var / (var + norm.eps)).sqrt()).float()  # type: ignore[operator]
-        gain = gamma.double() * torch.rsqrt(var + norm.eps)  # type: ignore[operator]
+        gain = batch_norm_gain(norm, torch.float64).detach()
         folded.gain = gain.float()
         with torch.no_grad():
             bias = torch.zeros_like(gain) if conv.bias is None else conv.bias.double()  # type: ignore[union-attr,operator]
