@@ -8,6 +8,7 @@ import torch
 from hf_r2.encoders.attention import attention
 from hf_r2.encoders.dkm import DKM, default_tau, soft_cluster
 from hf_r2.encoders.kmeans import kmeans_scalar, nearest_scalar
+from hf_r2.encoders.soft_cluster import pulled_back
 from hf_r2.spec import LayerSpec
 from tests.reference.clustering import optimal_kmeans_error, unrolled
 
@@ -199,3 +200,12 @@ def test_default_tau_keeps_clusters_apart_and_close_to_their_rounding():
     w = torch.randn(4000)
     soft, given = DKM(w, LayerSpec("dkm", 4)), DKM(w, LayerSpec("dkm", 4, options={"tau": 0.00625}))
     assert torch.equal(soft(w), given(w))
+
+
+@pytest.mark.parametrize("radius, settles", [(0.9, True), (1.02, False), (7.0, False)])
+def test_a_gradient_of_many_steps_does_not_grow_without_bound(radius, settles):
+    """7^100 is beyond float32: the gradient of a clustering that did not settle was NaN."""
+    turn = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
+    dfdc, g = radius * turn, torch.randn(3, 2)
+    series = sum(torch.linalg.matrix_power(dfdc.T, i) @ g.double().flatten() for i in range(100)).view(3, 2).float()
+    torch.testing.assert_close(pulled_back(dfdc, g, 100), series if settles else g)

@@ -71,13 +71,19 @@ def pulled_back(dfdc: Tensor, g: Tensor, steps: int | None) -> Tensor:
     """What a gradient g [k, d] for the centroids is for their last update.
 
     At the fixed point (`steps` None) (I - dF/dC)^-T g; where that is near singular (tau close to the critical value), g: one
-    unrolled step. Else the sum of the first `steps` terms of its series, as unrolling so many steps gives.
+    unrolled step. Else the sum of the first `steps` terms of its series, as unrolling so many steps gives; where that grows
+    (the iterations ended on the way out of an unstable point, and the dF/dC of their end is not that of all), g again.
     """
     if steps is not None:
         term = result = g.double().flatten()
         for _ in range(steps - 1):
             term = dfdc.T @ term
             result = result + term
+        if not float(term.norm()) <= float(g.norm()):
+            logger.warning(
+                "DKM: the iterations of a layer ran out where they do not settle; one unrolled step is used"
+            )
+            return g
         return result.view_as(g).to(g.dtype)
     system = torch.eye(dfdc.shape[0], dtype=dfdc.dtype, device=dfdc.device) - dfdc
     if not torch.isfinite(system).all() or float(torch.linalg.cond(system)) > SINGULAR:
