@@ -1,26 +1,21 @@
-"""Time of nearest quantization, packing, unpacking and loading, beside a copy of the weights, in one run.
+"""Time of nearest quantization, packing and unpacking, beside a copy of the weights, in one run.
 
     python scripts/bench_packing.py --numel 4194304 --threads 1
 
-All candidates take turns in every round; what to quote are the ratios of the medians. `--load` compares a float and a
-packed MobileBERT of random weights, each read by `from_pretrained`.
+All candidates take turns in every round; what to quote are the ratios of the medians. Loading: scripts/bench_loading.py.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
-from transformers import HfArgumentParser, MobileBertConfig, MobileBertForSequenceClassification
+from transformers import HfArgumentParser
 
 from benching import medians
-from hf_r2 import R2QuantConfig
-from hf_r2 import quantize as quantize_model
 from hf_r2.grid import Grid, observed_range, quantize, scale_and_zero_point
 from hf_r2.packing import pack_bits, unpack_bits
 
@@ -31,7 +26,6 @@ class BenchArguments:
 
     numel: int = field(default=1 << 22, metadata={"help": "Weights in the matrix of 1024 columns."})
     bits: list[int] = field(default_factory=lambda: list(range(1, 9)), metadata={"help": "Widths."})
-    load: bool = field(default=False, metadata={"help": "Time loading a MobileBERT of 4 bits and its float original."})
     threads: int = field(default=0, metadata={"help": "Threads of torch; 0 for its own choice."})
     rounds: int = field(
         default=11, metadata={"help": "Rounds after two of warm-up; the median is taken (at least 9)."}
@@ -59,17 +53,6 @@ def candidates(w: torch.Tensor, bits: int) -> dict[str, Callable[[], object]]:
     }
 
 
-def loading(folder: Path) -> dict[str, Callable[[], object]]:
-    """Loading the float model and the packed one."""
-    model = MobileBertForSequenceClassification(MobileBertConfig())
-    model.save_pretrained(folder / "float")
-    quantize_model(model, R2QuantConfig(method="nearest", weight_bits=4)).save_pretrained(folder / "packed")
-    return {
-        name: lambda name=name: MobileBertForSequenceClassification.from_pretrained(folder / name)
-        for name in ("float", "packed")
-    }
-
-
 def main(args: BenchArguments) -> None:
     if args.rounds < 9:
         raise ValueError(f"rounds must be at least 9 for a median that can be quoted, got {args.rounds}")
@@ -82,10 +65,6 @@ def main(args: BenchArguments) -> None:
     for bits in args.bits:
         times = medians(candidates(w, bits), args.rounds, warm_up=2, clock=clock)
         rows.append({"bits": bits} | {name: t / times["copy"] for name, t in times.items() if name != "copy"})
-    if args.load:
-        with tempfile.TemporaryDirectory() as folder:
-            times = medians(loading(Path(folder)), args.rounds, clock=clock)
-        rows.append({"load_packed_over_float": times["packed"] / times["float"], "load_float_s": times["float"]})
     if args.json:
         print(json.dumps({"arguments": asdict(args), "threads": torch.get_num_threads(), "rows": rows}))
         return
