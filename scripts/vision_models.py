@@ -25,7 +25,7 @@ import common
 from hf_r2.layers import BATCH_NORMS
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-DROPOUT, MOMENTUM = 0.2, 0.01
+DROPOUT, MOMENTUM = 0.2, 0.1
 BASIC: dict[str, Any] = {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512]}
 NEW: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "mobilenet_v1": (MobileNetV1Config, {"classifier_dropout_prob": DROPOUT}),

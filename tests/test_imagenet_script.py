@@ -149,7 +149,7 @@ def test_a_loaded_mobilenet_is_made_fit_for_training(tmp_path):
     MobileNetV1ForImageClassification(MobileNetV1Config(depth_multiplier=0.25, num_labels=4)).save_pretrained(tmp_path)
     model = models.load(str(tmp_path))
     assert model.config.num_labels == 4 and model.dropout.p == 0.2
-    assert {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.01}
+    assert {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
     fresh = models.load(str(tmp_path), ["a", "b"])
     assert fresh.classifier.weight.shape[0] == 2 and fresh.config.id2label == {0: "a", 1: "b"}
 
