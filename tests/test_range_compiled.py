@@ -68,9 +68,10 @@ def test_the_model_s_loss_is_the_same_either_way(small_groups, kind):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6 * ours.abs().max().item())
 
 
-@pytest.mark.parametrize("alpha", [1.0, 3.0, 30.0])
+@pytest.mark.parametrize("alpha, bound", [(0.1, 1e-5), (1.0, 1e-6), (3.0, 1e-6), (30.0, 1e-6)])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_million_weights_are_summed_exactly_either_way(small_groups, alpha, compiled):
+def test_a_million_weights_are_summed_exactly_either_way(small_groups, alpha, bound, compiled):
+    """At alpha 0.1 the two softmaxes all but cancel, and what they share is lost in float32."""
     w = torch.randn(1024, 1024).mul(0.02).requires_grad_()
     wide = w.detach().double().requires_grad_()
     value = soft_ranges([w], torch.tensor([alpha]), Way(compiled))
@@ -78,7 +79,7 @@ def test_a_million_weights_are_summed_exactly_either_way(small_groups, alpha, co
     value.sum().backward()
     expected.backward()
     assert value.item() == pytest.approx(expected.item() - math.exp(-alpha), rel=1e-6)
-    torch.testing.assert_close(w.grad.double(), wide.grad, rtol=0, atol=1e-6 * wide.grad.abs().max().item())
+    torch.testing.assert_close(w.grad.double(), wide.grad, rtol=0, atol=bound * wide.grad.abs().max().item())
 
 
 def test_what_cannot_be_compiled_is_left_to_the_other_way(small_groups):
