@@ -1,6 +1,6 @@
 """Copies the cards of packed models, with their plots, into model_cards/.
 
-    python scripts/cards.py runs/study/imagenette/relative-0.05--deployed-0/train/nearest-8bit mobilenet-imagenette-w8 ...
+    python scripts/cards.py runs/study/imagenette/std-0.05--deployed-0/train/nearest-8bit mobilenet-imagenette-w8 ...
     python scripts/cards.py --deployed runs/bench_export/metrics.json runs/mine/nearest-8bit mobilenet-w8
 
 Pairs of a packed model's folder, which a training script wrote, and the name of the card, which is made anew under that name

@@ -78,9 +78,9 @@ def read(folder: Path, key: str) -> float | None:
     if not file.is_file():
         return None
     content = json.loads(file.read_text())
-    if "results" not in content:  # of a script that does one thing
-        return 100 * content["accuracy"] if "accuracy" in content else None
-    for row in content["results"]:
+    if "accuracy" in content and (key == "accuracy" or "results" not in content):  # of a script that does one thing
+        return 100 * content["accuracy"]
+    for row in content.get("results", ()):
         if key in (row.get("name"), f"{row.get('method')}-{row.get('width')}-{row.get('granularity')}"):
             if "bleu" in row:
                 return row["bleu"]

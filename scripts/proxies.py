@@ -19,9 +19,10 @@ ABSOLUTE: dict[str, tuple[str, ...]] = {
 }  # range_weight is 0.01 where no flag says otherwise
 
 
-def size_aware(units: str, strength: str, target: str) -> tuple[str, ...]:
+def size_aware(units: str, strength: str, target: str, alpha: str = "3") -> tuple[str, ...]:
     """Flags of a form that measures each weight in its own std, the raw weight or the deployed one."""
-    return (*SOFT, "--range_units", units, "--range_alpha", "3", "--range_target", target, "--range_weight", strength)
+    how = ("--range_units", units, "--range_alpha", alpha, "--range_target", target)
+    return (*SOFT, *how, "--range_weight", strength)
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ def _forms(heavy: tuple[str, ...], aware: dict[str, tuple[str, ...]]) -> dict[st
     return dict([first, (HEAVY, ("--range_loss", "none", *heavy)), *rest]) | aware
 
 
-def _named(units: str, target: str, *strengths: str) -> dict[str, tuple[str, ...]]:
-    return {f"{units} {s}, {target}": size_aware(units, s, target) for s in strengths}
+def _named(units: str, target: str, *strengths: str, alpha: str = "3") -> dict[str, tuple[str, ...]]:
+    return {f"{units} {s}, {target}": size_aware(units, s, target, alpha) for s in strengths}
 
 
 PROXIES = {
@@ -67,10 +68,12 @@ PROXIES = {
         ),
         forms=_forms(
             ("--weight_decay", "4e-4"),
-            _named("std", "deployed", "0.05") | _named("relative", "deployed", "0.05", "0.15", "0.5"),
+            _named("std", "deployed", "0.02", "0.05", "0.1", "0.2", alpha="1")
+            | _named("std", "raw", "0.05", alpha="1")
+            | _named("relative", "deployed", "0.05", alpha="1"),
         ),
-        recommended="relative 0.05, deployed",
-        minutes=(2.5, 2.0, 4.0),
+        recommended="std 0.1, deployed",
+        minutes=(3.3, 0.8, 4.0),
         clustered=("--dkm_bits", "1", "2", "--dkm_steps", "50", "--dkm_learning_rate", "0.003"),
         plain=("--dkm_bits", "2", "--dkm_steps", "0"),
     ),
@@ -125,9 +128,9 @@ PROXIES = {
         files=(
             "--calibration_file", "{data}/multi30k/train.jsonl", "--validation_file", "{data}/multi30k/test2016.jsonl",
         ),
-        forms=_forms(("--weight_decay", "0.1"), _named("std", "raw", "0.05")),
+        forms=_forms(("--weight_decay", "0.1"), _named("std", "raw", "0.05") | _named("relative", "raw", "0.05")),
         minutes=(15.0, 4.0, 10.0),
-        recommended="std 0.05, raw",
+        recommended="relative 0.05, raw",
     ),
 }  # fmt: skip
 
@@ -145,7 +148,7 @@ def files(data: str) -> set[str]:
 
 ITERS = 200  # of AdaRound in the study
 WIDE, NARROW = ("W8A32", "W6A32", "W4A32", "W3A32", "W2A32"), ("W4A32", "W2A32")
-SLOW = ("adaround", "pdquant")
+SLOW = {"adaround": 0.5, "pdquant": 1.2}  # their share of the slow minutes of a task
 
 
 def folder_name(words: str) -> str:
@@ -223,7 +226,7 @@ class Run:
         words = ("quantize.py", "--model_name_or_path", str(self.model), "--task", self.own.task)
         words = (*words, *self._filled(self.own.files), "--methods", method, "--widths", *widths)
         words = (*words, "--granularities", *grids, "--options", options, "--calibration_samples", str(data))
-        minutes = self.own.minutes[2 if method in SLOW else 1] / 2
+        minutes = self.own.minutes[2] * SLOW[method] if method in SLOW else self.own.minutes[1] / 2
         return Step(self._label(f"{method} {' '.join(widths)}"), words, out or self.out / method, minutes)
 
     def clustering(self, bits: int, dims: int) -> Step:

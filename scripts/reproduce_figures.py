@@ -89,7 +89,7 @@ def draw_clusterings(scale: Any, path: Path) -> None:
         axes.bar([i + 0.27 * (number - 1) for i in range(len(scores))], scores, width=0.25, label=training)
     axes.set_xticks(range(len(paper.CLUSTERINGS)), paper.CLUSTERINGS)
     axes.set(ylabel="accuracy %", title=scale.stands_for(paper.R18))
-    axes.legend()
+    axes.legend(loc="lower right")
     figure.savefig(path, dpi=150)
 
 

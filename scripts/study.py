@@ -24,6 +24,8 @@ import study_table
 from proxies import PROXIES, Run, files, looked_at_closely
 
 STUDIED = ("imagenette", "cifar10", "qnli")
+LEGEND = """Accuracy in %, mean and standard deviation over seeds. W8 t: weights rounded to nearest at 8 bits, per tensor;
+c: per channel. Means over layers: range/std of the weights, and range/std ("deployed") and kurtosis with batch norms folded."""
 
 
 @dataclass
@@ -85,7 +87,7 @@ def write(args: StudyArguments) -> str:
         writer.writeheader()
         writer.writerows(records)
         (out / "study.csv").write_text(text.getvalue(), encoding="utf-8")
-        (out / "study.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+        (out / "study.md").write_text("\n\n".join(["# The study", LEGEND, *texts]) + "\n", encoding="utf-8")
     return "\n\n".join(texts)
 
 

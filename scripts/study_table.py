@@ -130,8 +130,8 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             points = [point for point in points if point[1] is not None]
             if points:
                 bits, means, spreads = zip(*points, strict=True)
-                dashes = "-" if number < 10 else "--"  # ten colours
-                axes.errorbar(bits, means, spreads, label=row["form"], marker="o", linestyle=dashes, capsize=2)
+                look = "o-" if number < 10 else "s--"  # ten colours
+                axes.errorbar(bits, means, spreads, label=row["form"], fmt=look, capsize=2)
         axes.set_title(f"rounded to nearest, {grid.replace('_', ' ')}")
         axes.set_xlabel("bits")
         axes.set_xticks([2, 3, 4, 6, 8])

@@ -176,6 +176,15 @@ def test_a_cell_reads_its_row_and_not_another(tmp_path):
     assert cells.read(tmp_path, "squant-W4A8-per_channel") == pytest.approx(70)
     assert cells.read(tmp_path, "nearest-8bit") == 27.5 and cells.read(tmp_path, "float") == pytest.approx(80)
     assert cells.read(tmp_path, "dfq-W4A8-per_channel") is None and cells.read(tmp_path, "none") is None
+    assert cells.read(tmp_path, "accuracy") is None
+
+
+def test_a_script_that_does_one_thing_has_one_score_with_a_card_or_without(tmp_path):
+    (tmp_path / "metrics.json").write_text(json.dumps({"accuracy": 0.7}))
+    assert cells.read(tmp_path, "float") == cells.read(tmp_path, "accuracy") == pytest.approx(70)
+    with_card = {"accuracy": 0.7, "results": [{"name": "dkm", "accuracy": 0.7}]}
+    (tmp_path / "metrics.json").write_text(json.dumps(with_card))
+    assert cells.read(tmp_path, "accuracy") == pytest.approx(70) and cells.read(tmp_path, "float") is None
 
 
 def write_run(folder, form, seed, accuracy, nearest):
@@ -210,7 +219,8 @@ def test_the_study_shows_means_and_spreads_over_seeds(tmp_path):
     assert [float(row["float"]) for row in rows] == pytest.approx([82.0, 82.0]) and (
         tmp_path / "cifar10.png"
     ).stat().st_size
-    assert (tmp_path / "study.md").read_text().startswith("## ResNet")
+    text = (tmp_path / "study.md").read_text()
+    assert text.startswith("# The study\n\nAccuracy in %") and "\n\n## ResNet" in text
 
 
 @pytest.mark.parametrize(
