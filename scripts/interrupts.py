@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch.distributed
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_r2.trainer import last_complete_checkpoint
@@ -34,6 +36,22 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt as stop:
         print(f"\n{stop}" if isinstance(stop, Stopped) else "\nstopped; nothing was kept", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+    leave_group()  # behind the net: Ctrl-C here finds everything kept
+
+
+def leave_group() -> None:
+    """Where there is a group of processes, ends this one, as multiprocessing ends its own: handlers of atexit, then no more.
+
+    Threads of gloo that still hold tensors while Python shuts down abort the process now and then (PyTorch issue 190489):
+    all files would be there, and the launcher would call the run failed. `destroy_process_group` alone does not end these
+    threads where a device mesh keeps the group, as FSDP does.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 class SaveOnInterrupt(TrainerCallback):

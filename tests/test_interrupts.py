@@ -3,6 +3,7 @@
 import importlib
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from transformers import TrainerCallback
 
 from hf_r2 import R2Trainer, R2TrainingArguments
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
 interrupts = importlib.import_module("interrupts")
 
 
@@ -112,10 +114,40 @@ def test_a_terminal_interrupts_the_workers_too_and_they_finish(tmp_path):
         "tool.add_callback(t.PressCtrlC(os.getpgrp()))\n"
         "t.interrupts.run(lambda: t.interrupts.train(tool, training))\n"
     )
-    import subprocess
-
     run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parent.parent, capture_output=True,
                          text=True, timeout=120)  # fmt: skip
     assert run.returncode == 130, run.stderr
     assert run.stderr.count("stopping after this step") == 1 and "Traceback" not in run.stderr
     assert (tmp_path / "checkpoint-3" / "trainer_state.json").is_file()
+
+
+LEAVES = """
+import atexit, sys, torch
+from torch.distributed.device_mesh import init_device_mesh
+import interrupts
+
+class AtShutdown:
+    def __del__(self):
+        print("Python shuts down")
+
+def main():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    kept.append(init_device_mesh("cpu", (1,)))
+    atexit.register(print, "handlers run")
+    print("finished", torch.distributed.is_initialized())
+
+kept = [AtShutdown()]
+interrupts.run(main if sys.argv[1] == "group" else lambda: print("finished"))
+"""
+
+
+@pytest.mark.parametrize(
+    "way, said", [("group", "finished True\nhandlers run\n"), ("alone", "finished\nPython shuts down\n")]
+)
+def test_a_run_that_went_well_leaves_its_group_and_python_with_it(way, said):
+    """Else threads of gloo that still hold tensors may abort the process while Python shuts down."""
+    environment = {**os.environ, "PYTHONPATH": f"{SCRIPTS}:{SCRIPTS.parent}"}
+    run = subprocess.run(
+        [sys.executable, "-c", LEAVES, way], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert (run.returncode, run.stdout) == (0, said), run.stderr

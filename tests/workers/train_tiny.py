@@ -95,3 +95,8 @@ def main(out: str, options: dict):
 
 if __name__ == "__main__":
     main(sys.argv[1], json.loads(sys.argv[2]) if len(sys.argv) > 2 else {})
+    if (
+        torch.distributed.is_initialized()
+    ):  # gloo's threads may abort a Python that shuts down: see scripts/interrupts.py
+        sys.stdout.flush()
+        os._exit(0)
