@@ -24,6 +24,10 @@ def refuse_split_weights(trainer: Any, options: R2Arguments) -> None:
         raise ValueError(
             "R2Trainer cannot see whole weights under DeepSpeed ZeRO-3; use ZeRO-2, ZeRO-1, FSDP2 or plain DDP"
         )
+    if plugin is not None and options.range_decoupled and options.has_range_loss:
+        raise ValueError(
+            "DeepSpeed keeps weights of its own, which range_decoupled=True would not move; leave it out, or use DDP"
+        )
     if not getattr(trainer, "is_fsdp_enabled", False):
         return
     plugin = trainer.accelerator.state.fsdp_plugin
@@ -35,6 +39,7 @@ def refuse_split_weights(trainer: Any, options: R2Arguments) -> None:
         "range_dim > 1": options.range_dim > 1,
         "range_target='deployed'": options.range_target == "deployed",
         "range_units='relative'": options.range_units == "relative",
+        "range_decoupled": options.range_decoupled,
         "fp16": trainer.args.fp16,
         "cpu_offload": bool(plugin.cpu_offload) and getattr(plugin.cpu_offload, "pin_memory", None) is not None,
         "torch_compile": trainer.args.torch_compile,

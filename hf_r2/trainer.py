@@ -17,9 +17,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.training_args import ParallelMode
 
 from hf_r2.layers import BATCH_NORMS
+from hf_r2.leaves import leaves
 from hf_r2.loss_division import consumes_num_items
 from hf_r2.losses import RangeLoss
 from hf_r2.optimizer_groups import is_quantizer_parameter, make_room, split_quantizers_
+from hf_r2.range_step import pull_
 from hf_r2.scalar_optimizer import ScalarOptimizer
 from hf_r2.split_weights import refuse_split_weights, split_
 from hf_r2.training_args import R2Arguments
@@ -40,7 +42,8 @@ class R2TrainerMixin(AnyTrainer):
 
     The loss trained on is task loss + range_weight x range loss; evaluation sees the task loss alone. The range loss
     is computed once for each optimizer step, or each `range_every` of them with as many times the weight, whatever the
-    accumulation. `range_loss` is the `RangeLoss` (None without one).
+    accumulation. `range_loss` is the `RangeLoss` (None without one). With `range_decoupled` it is no part of the loss: behind
+    each step of the optimizer the weights take one against their range.
 
     Under FSDP2 the loss is that of the whole weights, and the learnable scalars, the same in all processes, have an
     optimizer of their own. Raises ValueError at construction under DeepSpeed ZeRO-3 and FSDP1, which hide the weights from
@@ -62,7 +65,7 @@ class R2TrainerMixin(AnyTrainer):
         self._terms: dict[str, tuple[Tensor | float, int]] = {}  # name: sum since the last log, and of how many
         self._restrict(model)
         if self.optimizer is not None:
-            self._add_scalars(self.optimizer, self.lr_scheduler)
+            self._join(self.optimizer, self.lr_scheduler)
 
     def _bare_model(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -74,7 +77,7 @@ class R2TrainerMixin(AnyTrainer):
         refuse_split_weights(self, options)
         self.range_weight, self.range_lr, self.range_loss = options.range_weight, options.range_lr, None
         self.quantizer_lr, self.range_every = options.quantizer_lr, options.range_every
-        self.range_compile = options.range_compile
+        self.range_compile, self.range_decoupled = options.range_compile, options.range_decoupled
         if options.has_range_loss:
             self.range_loss = RangeLoss(
                 model,
@@ -86,6 +89,24 @@ class R2TrainerMixin(AnyTrainer):
                 dim=options.range_dim,
                 skip=options.range_skip,
             )
+
+    def _join(self, optimizer: Any, scheduler: Any = None) -> None:
+        """Has the range loss take part in the steps of `optimizer`: its scalars, or where it is decoupled its own steps."""
+        self._add_scalars(optimizer, scheduler)
+        if self.range_loss is not None and self.range_decoupled:
+            optimizer.register_step_post_hook(lambda stepped, *_: self._pull(stepped))
+
+    def _pull(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.range_loss is not None and self._due():
+            strength = self.range_every * self.range_weight
+            self._note("range_loss", pull_(self.range_loss, optimizer, strength, self.args.learning_rate))
+
+    def _due(self) -> bool:
+        """Whether this step is one with a range loss."""
+        if self.range_loss is None or self.state.global_step % self.range_every:
+            return False
+        self._choose_loops(self.range_loss)
+        return True
 
     def _add_scalars(self, optimizer: Any, scheduler: Any = None) -> None:
         """The learnable scalars as a group of their own: another learning rate, no decay."""
@@ -114,7 +135,7 @@ class R2TrainerMixin(AnyTrainer):
         if fresh:
             if self.quantizer_lr is not None:
                 split_quantizers_(optimizer, self._bare_model(), self.quantizer_lr)
-            self._add_scalars(optimizer)
+            self._join(optimizer)
         return optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -151,8 +172,7 @@ class R2TrainerMixin(AnyTrainer):
     def _restrictions(self, model: nn.Module, loss: Tensor, weights: dict[str, nn.Parameter] | None) -> list[Tensor]:
         """What is added to the task loss once for each optimizer step."""
         terms = []
-        if self.range_loss is not None and self.state.global_step % self.range_every == 0:
-            self._choose_loops(self.range_loss)
+        if self.range_loss is not None and not self.range_decoupled and self._due():
             # elsewhere somebody waits for the gradients of the weights while the backward pass is going on
             alone = self.accelerator.distributed_type == DistributedType.NO
             range_loss = self.range_loss(self._reached(model, loss), into_grad=alone, weights=weights)
@@ -204,8 +224,8 @@ class R2TrainerMixin(AnyTrainer):
             return None
         if not wrapped.find_unused_parameters:
             return None
-        leaves = _leaves(loss)
-        return {name for name, weight in self.range_loss.weights().items() if id(weight) in leaves}
+        found = leaves(loss)
+        return {name for name, weight in self.range_loss.weights().items() if id(weight) in found}
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; the scalars of the range loss are cleared, kept positive and averaged here, as nobody else does.
@@ -319,18 +339,3 @@ def last_complete_checkpoint(output_dir: str) -> str:
         except (OSError, ValueError):
             logger.warning("%s was not written to its end; it is passed over", folder)
     raise ValueError(f"no complete checkpoint in {output_dir}; train without resume_from_checkpoint")
-
-
-def _leaves(loss: Tensor) -> set[int]:
-    """Ids of the parameters that the graph of `loss` ends in."""
-    seen, found = set(), set()
-    stack = [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(getattr(node, "variable")))  # noqa: B009  # of AccumulateGrad alone
-        stack.extend(next_node for next_node, _ in node.next_functions)
-    return found

@@ -62,6 +62,13 @@ class R2Arguments:
         default=1,
         metadata={"help": "Take weights as vectors of this length along the output channels (soft_min_max)."},
     )
+    range_decoupled: bool = field(
+        default=False,
+        metadata={
+            "help": "The range loss takes steps of its own behind the optimizer's, as AdamW's weight decay does, with the same "
+            "schedule: Adam's own are about the learning rate long, however strong the pull (soft_min_max, l_inf; raw)."
+        },
+    )
     range_every: int = field(
         default=1,
         metadata={"help": "Compute the range loss every n optimizer steps, its gradient multiplied by n."},
@@ -97,12 +104,29 @@ class R2Arguments:
             raise ValueError(f"quantizer_lr must be a number >= 0, got {self.quantizer_lr}")
         if not isinstance(self.range_every, int) or isinstance(self.range_every, bool) or self.range_every < 1:
             raise ValueError(f"range_every must be an integer of at least 1, got {self.range_every!r}")
+        self._check_decoupled()
         for name in ("range_compile", "range_trainable"):
             if not (getattr(self, name) is None or isinstance(getattr(self, name), bool)):
                 raise ValueError(f"{name} must be true, false or None, got {getattr(self, name)!r}")
         if self.range_loss not in (*RANGE_LOSSES, NO_LOSS):
             raise ValueError(
                 f"no range loss called {self.range_loss!r}; there are: {', '.join([*RANGE_LOSSES, NO_LOSS])}"
+            )
+
+    def _check_decoupled(self) -> None:
+        if not isinstance(self.range_decoupled, bool):
+            raise ValueError(f"range_decoupled must be true or false, got {self.range_decoupled!r}")
+        if not (self.range_decoupled and self.has_range_loss):
+            return
+        learns = self.range_units == "absolute" if self.range_trainable is None else self.range_trainable
+        if self.range_loss == "margin" or (self.range_loss == "soft_min_max" and learns):
+            raise ValueError(
+                "range_decoupled=True needs a loss in which nothing learns but the weights: l_inf, or soft_min_max with "
+                f"range_trainable=False or range_units std or relative; got {self.range_loss}, units {self.range_units}"
+            )
+        if self.range_target != "raw":
+            raise ValueError(
+                f"range_decoupled=True moves the weight itself: range_target raw, got {self.range_target}"
             )
 
     def __post_init__(self) -> None:

@@ -38,6 +38,7 @@ LEVELS = [
         "range_forms",
         "range_shards",
         "scalar_optimizer",
+        "leaves",
     },
     {
         "model_card",
@@ -67,7 +68,7 @@ LEVELS = [
         "graph/blocks",
     },
     {"losses", "encoders/lsq", "encoders/dkm"},
-    {"encoders/trained_inputs"},
+    {"encoders/trained_inputs", "range_step"},
     {"encoders/__init__", "training_args", "graph/equalize", "graph/__init__", "graph/capture"},
     {
         "entropy",
