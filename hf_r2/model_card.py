@@ -21,6 +21,7 @@ ROW_KEYS = ("name", "method", "weight_bits", "act_bits", "granularity", "bits_pe
 FRACTIONS = ("accuracy", "f1")  # metrics given as 0 to 1 and shown in percent; others (BLEU) are shown as they are
 TRAINING = (  # the arguments that decide the result, in the order of the card
     *("range_loss", "range_weight", "range_alpha", "range_trainable", "range_lr", "range_units", "range_target"),
+    "range_decoupled",
     *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("weight_decay", "warmup_steps", "lr_scheduler_type", "max_train_samples", "max_eval_samples"),
 )

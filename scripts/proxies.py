@@ -25,6 +25,12 @@ def size_aware(units: str, strength: str, target: str, alpha: str = "3") -> tupl
     return (*SOFT, *how, "--range_weight", strength)
 
 
+def decoupled(*strengths: str) -> dict[str, tuple[str, ...]]:
+    """Forms that take steps of their own beside the optimizer's, so many standard deviations long."""
+    own = ("--range_decoupled", "true")
+    return {f"relative {s}, raw, decoupled": (*size_aware("relative", s, "raw"), *own) for s in strengths}
+
+
 @dataclass(frozen=True)
 class Proxy:
     """How one task is trained and measured. Words are flags; `{data}` and `{text_model}` in them are replaced."""
@@ -111,7 +117,10 @@ PROXIES = {
             "--calibration_file", "{data}/qnli/train_from_squad.parquet", "--validation_file", "{data}/qnli/validation.parquet",
             "--max_eval_samples", "1000",
         ),
-        forms=_forms(("--weight_decay", "0.1"), _named("std", "raw", "0.01") | _named("relative", "raw", "1")),
+        forms=_forms(
+            ("--weight_decay", "0.1"),
+            _named("std", "raw", "0.01") | _named("relative", "raw", "1") | decoupled("1", "3"),
+        ),
         minutes=(7.0, 4.0, 10.0),
         clustered=("--dkm_bits", "1", "2", "--dkm_steps", "50", "--dkm_learning_rate", "5e-5"),
         plain=("--dkm_bits", "2", "--dkm_steps", "0"),

@@ -25,7 +25,12 @@ W4 = {
     "act_bits": 8,
 }
 METRICS = {
-    "arguments": {"model": {"model_name_or_path": "user/encoder"}, "range_weight": 0.0375, "logging_dir": "secret"},
+    "arguments": {
+        "model": {"model_name_or_path": "user/encoder"},
+        "range_weight": 0.0375,
+        "range_decoupled": True,
+        "logging_dir": "secret",
+    },
     "versions": {"torch": "2.6.0", "transformers": "5.1.2"},
     "seed": 4711,
     "commit": "0123abcd",
@@ -81,7 +86,8 @@ def test_whole_card_has_the_parts_in_order(folder):
         r"\| w4 \| W4A8 \| nearest \| per tensor \| soft_min_max \| 90\.01 % \| 4\.01 \| 912\.3 kB \|\n\n",
         r"22,713,216 parameters",
         r"\*\*First and last layers\*\*: quantized like every other layer\.\n",
-        r"## How it was trained\n\n- `range_weight`: 0\.0375\n- seed: 4711\n- code: commit 0123abcd\n"
+        r"## How it was trained\n\n- `range_weight`: 0\.0375\n- `range_decoupled`: True\n- seed: 4711\n"
+        r"- code: commit 0123abcd\n"
         r"- versions: torch 2\.6\.0, transformers 5\.1\.2\n",
         r"```bash\npython scripts/qnli\.py --range_weight 0\.0375\n```\n",
         r"## Limits\n\n- Without `import hf_r2`.*\*\*random weights\*\*",
