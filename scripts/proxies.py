@@ -119,12 +119,12 @@ PROXIES = {
         ),
         forms=_forms(
             ("--weight_decay", "0.1"),
-            _named("std", "raw", "0.01") | _named("relative", "raw", "1") | decoupled("1", "3"),
+            _named("std", "raw", "0.01") | _named("relative", "raw", "1") | decoupled("1", "3", "10"),
         ),
         minutes=(7.0, 4.0, 10.0),
         clustered=("--dkm_bits", "1", "2", "--dkm_steps", "50", "--dkm_learning_rate", "5e-5"),
         plain=("--dkm_bits", "2", "--dkm_steps", "0"),
-        recommended="std 0.01, raw",
+        recommended="relative 3, raw, decoupled",
     ),
     "multi30k": Proxy(
         title="4 + 4 layers of 128 on Multi30k, English to German",
