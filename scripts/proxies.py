@@ -119,7 +119,7 @@ PROXIES = {
         ),
         forms=_forms(
             ("--weight_decay", "0.1"),
-            _named("std", "raw", "0.01") | _named("relative", "raw", "1") | decoupled("1", "3", "10"),
+            _named("std", "raw", "0.01") | _named("relative", "raw", "1") | decoupled("3", "10"),
         ),
         minutes=(7.0, 4.0, 10.0),
         clustered=("--dkm_bits", "1", "2", "--dkm_steps", "50", "--dkm_learning_rate", "5e-5"),
