@@ -93,6 +93,12 @@ RANGE_LOSSES: dict[str, RangeLossRow] = {
 }
 
 
+def learns(kind: str, trainable: bool | None, units: str) -> bool:
+    """Whether the scalar of this loss learns: as asked for, or by default in absolute units, and a margin in all."""
+    scalar = RANGE_LOSSES[kind].scalar
+    return scalar is not None and (units == "absolute" or scalar == "margin" if trainable is None else trainable)
+
+
 def size_aware_alpha(numel: int) -> float:
     """sqrt(2 ln N): the temperature, per standard deviation, at which N Gaussian weights condense on their extremes.
 
@@ -162,10 +168,7 @@ class RangeLoss(nn.Module):
         self._model_refs = (layers, [norms.get(layer.name) for layer in layers])
         self.kind, self.units, self.target, self.dim = kind, units, target, dim
         self.use_compiler(compiled)
-        scalar = RANGE_LOSSES[kind].scalar
-        self.trainable = scalar is not None and (
-            units == "absolute" or scalar == "margin" if trainable is None else trainable
-        )
+        self.trainable = learns(kind, trainable, units)
         start = [self._start(layer, norm, alpha) for layer, norm in zip(*self._model_refs, strict=True)]
         device = layers[0].weight.device
         self.scalars = nn.Parameter(torch.tensor(start, device=device), requires_grad=self.trainable)

@@ -97,16 +97,17 @@ class R2TrainerMixin(AnyTrainer):
             optimizer.register_step_post_hook(lambda stepped, *_: self._pull(stepped))
 
     def _pull(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.range_loss is not None and self._due():
+        range_loss = self._due()
+        if range_loss is not None:
             strength = self.range_every * self.range_weight
-            self._note("range_loss", pull_(self.range_loss, optimizer, strength, self.args.learning_rate))
+            self._note("range_loss", pull_(range_loss, optimizer, strength, self.args.learning_rate))
 
-    def _due(self) -> bool:
-        """Whether this step is one with a range loss."""
+    def _due(self) -> RangeLoss | None:
+        """The range loss, where this step is one that computes it."""
         if self.range_loss is None or self.state.global_step % self.range_every:
-            return False
+            return None
         self._choose_loops(self.range_loss)
-        return True
+        return self.range_loss
 
     def _add_scalars(self, optimizer: Any, scheduler: Any = None) -> None:
         """The learnable scalars as a group of their own: another learning rate, no decay."""
@@ -172,10 +173,11 @@ class R2TrainerMixin(AnyTrainer):
     def _restrictions(self, model: nn.Module, loss: Tensor, weights: dict[str, nn.Parameter] | None) -> list[Tensor]:
         """What is added to the task loss once for each optimizer step."""
         terms = []
-        if self.range_loss is not None and not self.range_decoupled and self._due():
+        due = None if self.range_decoupled else self._due()
+        if due is not None:
             # elsewhere somebody waits for the gradients of the weights while the backward pass is going on
             alone = self.accelerator.distributed_type == DistributedType.NO
-            range_loss = self.range_loss(self._reached(model, loss), into_grad=alone, weights=weights)
+            range_loss = due(self._reached(model, loss), into_grad=alone, weights=weights)
             self._note("range_loss", range_loss.detach())
             terms.append(self.range_every * self.range_weight * range_loss)
         penalties = [m.penalty() for m in model.modules() if callable(getattr(type(m), "penalty", None))]  # type: ignore[operator]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from hf_r2.losses import RANGE_LOSSES, TARGETS, UNITS
+from hf_r2.losses import RANGE_LOSSES, TARGETS, UNITS, learns
 
 NO_LOSS = "none"
 
@@ -104,7 +104,6 @@ class R2Arguments:
             raise ValueError(f"quantizer_lr must be a number >= 0, got {self.quantizer_lr}")
         if not isinstance(self.range_every, int) or isinstance(self.range_every, bool) or self.range_every < 1:
             raise ValueError(f"range_every must be an integer of at least 1, got {self.range_every!r}")
-        self._check_decoupled()
         for name in ("range_compile", "range_trainable"):
             if not (getattr(self, name) is None or isinstance(getattr(self, name), bool)):
                 raise ValueError(f"{name} must be true, false or None, got {getattr(self, name)!r}")
@@ -112,14 +111,14 @@ class R2Arguments:
             raise ValueError(
                 f"no range loss called {self.range_loss!r}; there are: {', '.join([*RANGE_LOSSES, NO_LOSS])}"
             )
+        self._check_decoupled()  # of a loss that there is
 
     def _check_decoupled(self) -> None:
         if not isinstance(self.range_decoupled, bool):
             raise ValueError(f"range_decoupled must be true or false, got {self.range_decoupled!r}")
         if not (self.range_decoupled and self.has_range_loss):
             return
-        learns = self.range_units == "absolute" if self.range_trainable is None else self.range_trainable
-        if self.range_loss == "margin" or (self.range_loss == "soft_min_max" and learns):
+        if self.range_loss == "margin" or learns(self.range_loss, self.range_trainable, self.range_units):
             raise ValueError(
                 "range_decoupled=True needs a loss in which nothing learns but the weights: l_inf, or soft_min_max with "
                 f"range_trainable=False or range_units std or relative; got {self.range_loss}, units {self.range_units}"

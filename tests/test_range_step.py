@@ -25,17 +25,13 @@ def slow_pull(w, alpha):
     return torch.autograd.grad(width, x)[0] * w.detach().double().std(correction=0)
 
 
-def weights_of(trainer):
-    return {name: weight.detach() for name, weight in trainer.range_loss.weights().items()}
-
-
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
 def test_a_step_is_the_optimizer_s_and_then_one_against_the_range(tmp_path, optim):
     """Clipping, which brings gradients of both down together, leaves the pull alone."""
     options = {"max_steps": 1, "optim": optim, "max_grad_norm": 1e-3}
     plain = run(tmp_path / "plain", range_loss="none", **options)
     trainer = run(tmp_path / "pulled", range_weight=0.5, **DECOUPLED, **options)
-    layers = weights_of(trainer)
+    layers = {name: weight.detach() for name, weight in trainer.range_loss.weights().items()}
     assert len(layers) > 5
     parameters = dict(plain.model.named_parameters())
     for name, weight in layers.items():
@@ -130,6 +126,7 @@ def test_two_processes_equal_one(tmp_path):
         ({"range_units": "std", "range_trainable": True}, "nothing learns but the weights"),
         ({"range_units": "std", "range_target": "deployed"}, "range_target raw, got deployed"),
         ({"range_decoupled": "yes"}, "must be true or false, got 'yes'"),
+        ({"range_loss": "l_1"}, "no range loss called 'l_1'"),
     ],
 )
 def test_what_it_cannot_do_is_refused(tmp_path, options, message):

@@ -95,8 +95,7 @@ def main(out: str, options: dict):
 
 if __name__ == "__main__":
     main(sys.argv[1], json.loads(sys.argv[2]) if len(sys.argv) > 2 else {})
-    if (
-        torch.distributed.is_initialized()
-    ):  # gloo's threads may abort a Python that shuts down: see scripts/interrupts.py
+    # gloo's threads may abort a Python that shuts down: see scripts/interrupts.py
+    if torch.distributed.is_initialized():
         sys.stdout.flush()
         os._exit(0)
